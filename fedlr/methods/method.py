@@ -1,0 +1,190 @@
+"""The contract of a federated method and the frozen data that it exchanges.
+
+A method is four pure functions on frozen data: no I/O, no device moves, no
+logging, inputs never mutated. What travels, in both directions and for every
+method, is a `Parts` mapping: named arrays by (site, role).
+
+The state knows its round and its phase, so every function is a function of the
+state alone and a resumed run needs nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+from torch import Generator, Tensor
+
+from fedlr import checks
+from fedlr.lowrank.factors import AdapterSite
+
+
+class Role(StrEnum):
+    """What an array is to its site; the value is the name on the wire."""
+
+    A = "a"
+    """Down-projection, shape (r, n)."""
+    B = "b"
+    """Up-projection, shape (m, r)."""
+    CORE = "core"
+    """Square core or sketch, shape (r, r) or (r, n)."""
+    RESIDUAL_A = "residual_a"
+    """Right factor of a residual folded into the base, shape (R, n)."""
+    RESIDUAL_B = "residual_b"
+    """Left factor of that residual, shape (m, R); effective weight W + R_b·R_a + s·B·A."""
+    ROTATION = "rotation"
+    """Orthonormal basis a later phase projects on, shape (m, r) or (r, r)."""
+    HEAD = "head"
+    """A trained parameter of the classification head, any shape."""
+
+
+class PartKey(NamedTuple):
+    """Address of one array: (site name, role). A head parameter's site is its own name."""
+
+    site: str
+    role: Role
+
+
+Parts = Mapping[PartKey, Tensor]
+"""Named float arrays by (site, role): the one wire form of every method."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a federation adapts; public, fixed for a run.
+
+    Attributes:
+        sites: The adapted linear layers, in model order, names unique.
+        head: Initial value of each *trained* head parameter by its name
+            (float32, any shape); empty where the head is frozen.
+    """
+
+    sites: tuple[AdapterSite, ...]
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [site.name for site in self.sites] + list(self.head)
+        if len(set(names)) != len(names):
+            raise ValueError(f"site and head names must be unique, got {names}")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One exchange between server and cohort.
+
+    Attributes:
+        train: Roles whose arrays a client trains; empty for a phase that only
+            projects what the client has already released in this round.
+        send: Roles a client sends up, in either kind of phase. A projecting
+            phase sends ``CORE`` = rotationᵀ·B of its released B.
+        receive: Roles the server sends down before the phase.
+        rank: Leading columns of B (rows of A) that are exchanged; None: all.
+    """
+
+    train: frozenset[Role]
+    send: frozenset[Role]
+    receive: frozenset[Role]
+    rank: int | None = None
+
+    @property
+    def private(self) -> bool:
+        """Whether the phase releases something computed from private data."""
+        return bool(self.train)
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """The phases of one round; at most one of them is a private release.
+
+    Raises:
+        ValueError: No phase, or more than one private phase.
+    """
+
+    phases: tuple[Phase, ...]
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ValueError("a round plan needs at least one phase")
+        private = sum(phase.private for phase in self.phases)
+        if private > 1:
+            raise ValueError(
+                f"a round plan has {private} private phases; at most one may release private data"
+            )
+
+
+@dataclass(frozen=True)
+class GlobalState:
+    """The server's model: everything a round needs and a checkpoint stores.
+
+    Attributes:
+        layout: The adapted sites and the initial head.
+        parts: Current arrays by (site, role): B and A of every site, the
+            trained head, and a residual where the method folds one.
+        round: Number of finished rounds, ≥ 0.
+        phase: Index of the next phase inside the round.
+        memory: Arrays the method keeps for itself and never sends.
+    """
+
+    layout: Layout
+    parts: Parts
+    round: int = 0
+    phase: int = 0
+    memory: Parts = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checks.at_least("round", self.round, 0)
+        checks.at_least("phase", self.phase, 0)
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What one site sends up in one phase; already noised where privacy is on.
+
+    Attributes:
+        client: Stable public identifier of the client.
+        parts: The arrays of `Phase.send`; for ``HEAD`` and the factors these
+            are *values* after training, not differences.
+        steps: Local optimiser steps taken (empty batches included).
+        epsilon: ε spent by this site so far, after this update; None where
+            privacy is off.
+    """
+
+    client: str
+    parts: Parts
+    steps: int
+    epsilon: float | None = None
+
+
+class Method(Protocol):
+    """A federated low-rank method; laws in the package README and its contract tests."""
+
+    name: str
+
+    def init(self, layout: Layout, generator: Generator) -> GlobalState:
+        """Return the state before round 0; every random draw comes from ``generator``."""
+        ...
+
+    def plan(self, state: GlobalState) -> RoundPlan:
+        """Return the phases of the round that ``state`` is in."""
+        ...
+
+    def aggregate(
+        self, state: GlobalState, updates: Sequence[ClientUpdate], weights: Sequence[float]
+    ) -> GlobalState:
+        """Combine one phase's updates; the last phase of a round increments ``round``.
+
+        Args:
+            state: The state whose broadcast the clients trained from.
+            updates: K ≥ 1 updates.
+            weights: K non-negative public weights, not all zero; normalised here.
+
+        Raises:
+            ValueError: No update, unequal lengths, or zero total weight.
+        """
+        ...
+
+    def broadcast(self, state: GlobalState, rank: int | None = None) -> Parts:
+        """Return what goes down before the current phase, truncated to ``rank`` if given."""
+        ...
