@@ -1,1 +1,1 @@
-"""."""
+"""Differential privacy: events, accounting, calibration, ledger and noise."""

@@ -1,1 +1,1 @@
-"""."""
+"""One client, one round: the model, its head, local training and evaluation."""

@@ -1,1 +1,1 @@
-"""."""
+"""Per-unit gradients of the up-projection, clipped and summed."""

@@ -1,0 +1,48 @@
+# `make` lists the targets. Another interpreter or build of torch:
+#   make test PYTHON=python3.12 TORCH="torch==2.13.0 --index-url URL"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help simulate test test-all lint bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is missing or older than Python 3.11; name a newer one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,dev]"
+	@touch $@
+
+test test-all bench: export HF_HUB_OFFLINE := 1
+test test-all bench: export HF_HUB_DISABLE_TELEMETRY := 1
+test test-all bench: export FLWR_TELEMETRY_ENABLED := 0
+test test-all bench: export TOKENIZERS_PARALLELISM := false
+
+simulate: $(STAMP) ## Run a federation on this machine
+	$(BIN)/fedlr simulate
+
+test: $(STAMP) ## Run the tests that take seconds
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP) ## Run every test, the long statistical ones too
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(STAMP) ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## Run the benchmarks
+	$(BIN)/python -m pytest tests/benchmarks -m bench
+
+clean: ## Remove the environment, caches and build output; runs are kept
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find fedlr server client tests -name __pycache__ -type d -prune -exec rm -rf {} +

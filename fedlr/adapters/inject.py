@@ -1,0 +1,140 @@
+"""Put LoRA adapters on chosen linear layers of an encoder (Hu et al., arXiv 2106.09685).
+
+PEFT owns the layer; what is trained, and where A comes from, is decided by the
+method and written through `fedlr.adapters.surgery`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import nn
+
+from fedlr import checks
+from fedlr.errors import ConfigError, ModelError
+from fedlr.lowrank.factors import AdapterSite
+
+ADAPTER = "default"
+"""PEFT's name of the one adapter a model carries."""
+
+
+def matching_layers(
+    model: nn.Module, modules: Sequence[str], layers: Sequence[int] | None
+) -> dict[str, nn.Linear]:
+    """Return the linear layers to adapt, by name, in model order.
+
+    Args:
+        model: The base encoder.
+        modules: Suffixes of dotted names: ``query`` matches
+            ``...attention.self.query``, ``output.dense`` matches every layer
+            whose name ends so (also ``attention.output.dense``).
+        layers: Indices of transformer layers (the first number in a dotted
+            name), negative ones counted from the top; None takes all. Layers
+            outside every numbered block, such as a pooler, are never adapted.
+
+    Returns:
+        Name → layer; never empty.
+
+    Raises:
+        ConfigError: A suffix or an index that matches nothing, with what exists.
+    """
+    candidates = {
+        name: (int(found.group(1)), module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (found := re.search(r"(?:^|\.)(\d+)\.", name))
+    }
+    depth = 1 + max((index for index, _ in candidates.values()), default=-1)
+    problems = []
+    wanted = None
+    if layers is not None:
+        wanted = {index + depth if index < 0 else index for index in layers}
+        problems += [
+            f"adapter.layers: {index} is outside [{-depth}, {depth - 1}], the model has {depth} "
+            "layers"
+            for index in layers
+            if not -depth <= index < depth
+        ]
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in candidates})
+    for suffix in modules:
+        if not any(_ends_with(name, suffix) for name in candidates):
+            problems.append(
+                f"adapter.modules: {suffix!r} matches no linear layer; this model has: "
+                f"{', '.join(suffixes)}"
+            )
+    if problems:
+        raise ConfigError(problems)
+    return {
+        name: module
+        for name, (index, module) in candidates.items()
+        if (wanted is None or index in wanted)
+        and any(_ends_with(name, suffix) for suffix in modules)
+    }
+
+
+def inject(
+    model: nn.Module,
+    modules: Sequence[str],
+    layers: Sequence[int] | None,
+    rank: int,
+    alpha: float,
+) -> tuple[nn.Module, tuple[AdapterSite, ...]]:
+    """Wrap ``model`` with one LoRA adapter and freeze everything.
+
+    Args:
+        model: Base encoder; its layers are replaced in place, its weights are not.
+        modules: See `matching_layers`.
+        layers: See `matching_layers`.
+        rank: r, the same at every site.
+        alpha: α; the scaling is α / r.
+
+    Returns:
+        (PEFT model, sites in model order). No parameter requires a gradient;
+        the adapter's product is zero and it has no dropout.
+
+    Raises:
+        ConfigError: Nothing matches, or the rank exceeds a layer's dimensions.
+        ModelError: PEFT did not adapt exactly the chosen layers.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    checks.positive("adapter.alpha", alpha)
+    chosen = matching_layers(model, modules, layers)
+    problems = [
+        f"adapter.rank = {rank} must be ≤ {min(layer.in_features, layer.out_features)}, the "
+        f"smaller side of {name} ({layer.out_features} × {layer.in_features}); lower it"
+        for name, layer in chosen.items()
+        if rank > min(layer.in_features, layer.out_features)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    sites = tuple(
+        AdapterSite(name, layer.out_features, layer.in_features, rank, alpha / rank)
+        for name, layer in chosen.items()
+    )
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=cast(Any, alpha),
+        target_modules=[site.name for site in sites],
+        lora_dropout=0.0,
+        bias="none",
+    )
+    adapted = cast(nn.Module, get_peft_model(cast(Any, model), settings))
+    found = {
+        name.removeprefix("base_model.model.")
+        for name, module in adapted.named_modules()
+        if hasattr(module, "lora_B")
+    }
+    if found != {site.name for site in sites}:
+        raise ModelError(
+            f"PEFT adapted {sorted(found)} instead of {[site.name for site in sites]}; the base "
+            "model's layer names are ambiguous, choose longer module suffixes"
+        )
+    for parameter in adapted.parameters():
+        parameter.requires_grad_(False)
+    return adapted, sites
+
+
+def _ends_with(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)

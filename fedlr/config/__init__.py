@@ -1,0 +1,41 @@
+"""The frozen configuration of a run: where YAML stops.
+
+`from_mapping` turns a plain nested mapping (what Hydra composed, or a decoded
+JSON string) into frozen dataclasses and reports *every* problem at once, before
+anything is loaded. `to_json` is the one canonical string that travels to other
+processes.
+"""
+
+from fedlr.config.decode import from_json, from_mapping, to_json
+from fedlr.config.schema import (
+    AdapterConfig,
+    DataConfig,
+    FederationConfig,
+    HeadConfig,
+    KernelsConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PartitionConfig,
+    PrivacyConfig,
+    RunConfig,
+    SubspaceConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "DataConfig",
+    "FederationConfig",
+    "HeadConfig",
+    "KernelsConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PartitionConfig",
+    "PrivacyConfig",
+    "RunConfig",
+    "SubspaceConfig",
+    "from_json",
+    "from_mapping",
+    "to_json",
+]

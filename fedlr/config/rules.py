@@ -1,0 +1,131 @@
+"""What values may be, alone and together; every broken rule is one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fedlr import checks
+from fedlr.config.schema import RunConfig
+
+
+def range_problems(config: RunConfig) -> list[str]:
+    """Fields that are outside their own range."""
+    model, privacy, optimizer = config.model, config.privacy, config.optimizer
+    federation = config.federation
+    tests: list[tuple[Callable[..., Any], str, tuple[Any, ...]]] = [
+        (checks.at_least, "seed", (config.seed, 0)),
+        (checks.at_least, "model.max_length", (model.max_length, 3)),
+        (checks.positive, "model.head.label_scale", (model.head.label_scale,)),
+        (checks.at_least, "adapter.rank", (config.adapter.rank, 1)),
+        (checks.positive, "adapter.alpha", (config.adapter.alpha,)),
+        (checks.positive, "privacy.epsilon", (privacy.epsilon,)),
+        (checks.positive, "privacy.clip_norm", (privacy.clip_norm,)),
+        (checks.positive, "optimizer.learning_rate", (optimizer.learning_rate,)),
+        (checks.in_range, "optimizer.momentum", (optimizer.momentum, 0.0, 0.999)),
+        (checks.at_least, "optimizer.steps", (optimizer.steps, 1)),
+        (checks.at_least, "optimizer.expected_batch", (optimizer.expected_batch, 1)),
+        (checks.at_least, "federation.clients", (federation.clients, 1)),
+        (checks.at_least, "federation.clients_per_round", (federation.clients_per_round, 1)),
+        (checks.at_least, "federation.rounds", (federation.rounds, 1)),
+        (checks.at_least, "federation.min_clients", (federation.min_clients, 1)),
+        (checks.at_least, "federation.evaluate_every", (federation.evaluate_every, 1)),
+        (checks.at_least, "federation.average_rounds", (federation.average_rounds, 1)),
+        (checks.at_least, "kernels.physical_batch", (config.kernels.physical_batch, 1)),
+        (checks.in_range, "data.validation_fraction", (config.data.validation_fraction, 0.01, 0.9)),
+    ]
+    optional: list[tuple[Callable[..., Any], str, Any, tuple[Any, ...]]] = [
+        (checks.positive, "model.head.feature_scale", model.head.feature_scale, ()),
+        (checks.positive, "partition.alpha", config.partition.alpha, ()),
+        (checks.positive, "method.update_norm_bound", config.method.update_norm_bound, ()),
+        (checks.in_range, "privacy.delta", privacy.delta, (1e-15, 0.5)),
+        (checks.in_range, "privacy.head_share", privacy.head_share, (0.001, 0.999)),
+        (checks.at_least, "privacy.max_joins", privacy.max_joins, (1,)),
+        (checks.positive, "optimizer.head_learning_rate", optimizer.head_learning_rate, ()),
+        (checks.at_least, "data.max_examples", config.data.max_examples, (1,)),
+        (checks.at_least, "kernels.threads", config.kernels.threads, (1,)),
+    ]
+    tests.extend((check, name, (v, *rest)) for check, name, v, rest in optional if v is not None)
+    problems = []
+    for check, name, arguments in tests:
+        try:
+            check(name, *arguments)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def cross_problems(config: RunConfig) -> list[str]:
+    """Contradictions between fields, each with the way out."""
+    data, federation, head = config.data, config.federation, config.model.head
+    adapter = config.adapter
+    rules = [
+        (
+            federation.clients_per_round > federation.clients,
+            f"federation.clients_per_round = {federation.clients_per_round} must be ≤ "
+            f"federation.clients = {federation.clients}; lower it or add clients",
+        ),
+        (
+            federation.min_clients > federation.clients_per_round,
+            f"federation.min_clients = {federation.min_clients} must be ≤ "
+            f"federation.clients_per_round = {federation.clients_per_round}",
+        ),
+        (
+            federation.average_rounds > federation.rounds,
+            f"federation.average_rounds = {federation.average_rounds} must be ≤ "
+            f"federation.rounds = {federation.rounds}",
+        ),
+        (
+            config.partition.kind == "dirichlet" and config.partition.alpha is None,
+            "partition.alpha is missing; partition=dirichlet needs it, e.g. partition.alpha=0.5",
+        ),
+        (
+            data.kind == "file" and not data.path,
+            "data.path is missing; data=file needs data.path=<folder>",
+        ),
+        (
+            data.kind == "hub" and not data.name,
+            "data.name is missing; data=hub needs data.name=<data set>",
+        ),
+        (
+            not 1 <= len(data.text_columns) <= 2,
+            f"data.text_columns = {list(data.text_columns)} must name one or two columns",
+        ),
+        (
+            data.label_names is not None and len(set(data.label_names)) < 2,
+            f"data.label_names = {list(data.label_names or ())} must list two or more labels",
+        ),
+        (
+            not adapter.modules,
+            "adapter.modules is empty; name one or more linear layers, e.g. [query,value]",
+        ),
+        (
+            adapter.layers is not None and not adapter.layers,
+            "adapter.layers is empty; list layer indices, or null for all",
+        ),
+        (
+            head.kind == "random_cls" and head.trained,
+            "model.head.trained = true but model.head.kind = random_cls is the frozen head of the "
+            "paper; set model.head.trained=false or model.head.kind=linear",
+        ),
+        (
+            head.kind == "linear" and not head.trained,
+            "model.head.trained = false but model.head.kind = linear starts at zero, so nothing "
+            "could be learned; set model.head.trained=true or another model.head.kind",
+        ),
+        (
+            head.kind == "label_text" and head.feature_scale is None,
+            "model.head.feature_scale is missing; model.head.kind = label_text needs normalised "
+            "features",
+        ),
+        (
+            config.privacy.head_share is not None and not head.trained,
+            "privacy.head_share is set but the head is not trained; set privacy.head_share=null",
+        ),
+        (
+            config.privacy.mode == "dry" and not (data.public or data.kind == "stdlib"),
+            "privacy.mode = dry runs without noise and is refused on data that is not declared "
+            "public; set data.public=true if it is, or privacy.mode=dp",
+        ),
+    ]
+    return [message for broken, message in rules if broken]

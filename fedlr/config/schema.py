@@ -1,0 +1,255 @@
+"""The sections of a configuration as frozen dataclasses: one field, one default, one meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """The classification head.
+
+    Attributes:
+        kind: ``linear`` (zero-initialised, mean pooling), ``label_text`` (label-text
+            embeddings on normalised mean-pooled features) or ``random_cls``
+            (the paper's frozen random head on the first token).
+        trained: Whether clients train it; its clip share is `PrivacyConfig.head_share`.
+        feature_scale: Norm that pooled features are normalised to; null leaves
+            them as they are (``linear`` only).
+        label_scale: Multiplies the centred label-text embeddings (``label_text``).
+        label_texts: One descriptive text per label; null uses the data's own.
+    """
+
+    kind: Literal["linear", "label_text", "random_cls"] = "linear"
+    trained: bool = True
+    feature_scale: float | None = None
+    label_scale: float = 1.0
+    label_texts: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen base encoder.
+
+    Attributes:
+        name: ``embedded`` (the packaged MiniLM), a hub name, or a local folder.
+        revision: Hub revision (commit, tag or branch); null takes the default one.
+        sha256: Expected digest of ``model.safetensors``; null skips the check.
+        max_length: Tokens an example is cut at.
+        random_weights: Ignore the weights and draw them from the public seed: for
+            tests of the machinery, never for a result.
+        head: The classification head.
+    """
+
+    name: str = "embedded"
+    revision: str | None = None
+    sha256: str | None = None
+    max_length: int = 128
+    random_weights: bool = False
+    head: HeadConfig = field(default_factory=HeadConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where examples come from; see `fedlr.data.sources`.
+
+    Attributes:
+        kind: ``stdlib``, ``hub`` or ``file``.
+        path: Folder or file (``file``).
+        name: Data set name on the hub (``hub``).
+        subset: Hub configuration name.
+        text_columns: One or two columns.
+        label_column: Column of the label.
+        user_column: Column of the natural unit, if any.
+        label_names: The label list, public; null takes the source's declared list.
+        train_split: Name of the training split (``hub``).
+        validation_split: Name of the public validation split (``hub``).
+        validation_fraction: Share cut off as public validation where there is no
+            validation split.
+        max_examples: Cap on training examples; null uses all.
+        public: Declares the data public: the only data that ``privacy.mode=dry``
+            accepts.
+    """
+
+    kind: Literal["stdlib", "hub", "file"] = "stdlib"
+    path: str | None = None
+    name: str | None = None
+    subset: str | None = None
+    text_columns: tuple[str, ...] = ("text",)
+    label_column: str = "label"
+    user_column: str | None = None
+    label_names: tuple[str, ...] | None = None
+    train_split: str = "train"
+    validation_split: str | None = None
+    validation_fraction: float = 0.2
+    max_examples: int | None = None
+    public: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionConfig:
+    """How a simulation splits examples over clients (public seed).
+
+    Attributes:
+        kind: ``iid``, ``dirichlet`` (label skew) or ``natural`` (by user).
+        alpha: Dirichlet concentration; smaller is more skewed.
+    """
+
+    kind: Literal["iid", "dirichlet", "natural"] = "iid"
+    alpha: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Where low-rank adapters go.
+
+    Attributes:
+        rank: r of every site.
+        alpha: α; the scaling is α / r.
+        modules: Suffixes of linear layer names, e.g. ``query``, ``output.dense``.
+        layers: Layer indices, negative ones counted from the top; null is all.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    modules: tuple[str, ...] = ("query", "value")
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The federated method and how updates are combined.
+
+    Attributes:
+        name: Name in `fedlr.methods.registry`.
+        weights: ``uniform`` or ``declared`` (by the sites' declared sizes).
+        update_norm_bound: Largest accepted Frobenius norm of one array's change
+            in one round; null checks only names, shapes and finiteness.
+    """
+
+    name: str = "fedsvd"
+    weights: Literal["uniform", "declared"] = "uniform"
+    update_norm_bound: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubspaceConfig:
+    """Where the initial A comes from; see `fedlr.lowrank.subspace`."""
+
+    kind: Literal["kaiming", "orthonormal"] = "orthonormal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """What is guaranteed to a site's units. See `fedlr/privacy/README.md`.
+
+    Attributes:
+        mode: ``dp``; ``dry`` (the private path without noise, public data only);
+            ``none`` (plain training).
+        epsilon: Target ε of every site over the whole run, > 0.
+        delta: Target δ; null is min(1e-5, 1 / (10·N)) of each site's declared N.
+        unit: What one unit of privacy is.
+        clip_norm: C, bound on one unit's gradient over all trained parameters.
+        head_share: Share of C² given to a trained head, in (0, 1): it is clipped to
+            C·√share and the adapters to C·√(1 − share). null: one joint clip.
+        accountant: ``prv`` or ``rdp``.
+        max_joins: Rounds one site may join; null is every round.
+    """
+
+    mode: Literal["dp", "dry", "none"] = "dp"
+    epsilon: float = 8.0
+    delta: float | None = None
+    unit: Literal["example", "user"] = "example"
+    clip_norm: float = 1.0
+    head_share: float | None = None
+    accountant: Literal["prv", "rdp"] = "prv"
+    max_joins: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Local training of one round.
+
+    Attributes:
+        name: ``sgd`` or ``adam`` (state is fresh each round).
+        learning_rate: Step size of the adapter factors.
+        head_learning_rate: Step size of a trained head; null is the same.
+        momentum: Heavy-ball momentum inside a round (``sgd``), in [0, 1).
+        steps: Local steps per round; an empty Poisson batch is a step.
+        expected_batch: L, expected units per step and the divisor of the sum.
+    """
+
+    name: Literal["sgd", "adam"] = "sgd"
+    learning_rate: float = 0.5
+    head_learning_rate: float | None = None
+    momentum: float = 0.0
+    steps: int = 10
+    expected_batch: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig:
+    """Who takes part and when.
+
+    Attributes:
+        engine: ``local`` runs every client in this process.
+        clients: Number of clients K.
+        clients_per_round: Cohort size, ≤ clients.
+        rounds: Number of rounds.
+        min_clients: Fewer accepted updates than this end the run cleanly.
+        evaluate_every: Evaluate on public data every k rounds (and at the end).
+        average_rounds: The result is the mean of the effective weights of the last
+            this many rounds; 1 is the last round alone. Free post-processing.
+    """
+
+    engine: Literal["local"] = "local"
+    clients: int = 6
+    clients_per_round: int = 6
+    rounds: int = 20
+    min_clients: int = 1
+    evaluate_every: int = 1
+    average_rounds: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Performance choices; none can change a guarantee.
+
+    Attributes:
+        gradients: ``captured`` (δᵀz of the adapter layers), ``opacus`` (its hooks),
+            or ``autograd`` (one unit at a time: slow, the reference).
+        physical_batch: Rows per forward pass.
+        threads: CPU threads of torch; null leaves torch's default.
+        device: ``auto`` (CUDA when present), ``cpu`` or ``cuda``.
+    """
+
+    gradients: Literal["captured", "opacus", "autograd"] = "captured"
+    physical_batch: int = 32
+    threads: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. Sections mirror the folders of ``conf/``.
+
+    Attributes:
+        seed: Public seed: partitions, cohorts and initial factors. Never noise.
+        name: Last part of the run folder's name.
+        output: Folder that run folders are made in.
+    """
+
+    seed: int = 0
+    name: str = "simulate"
+    output: str = "runs"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    subspace: SubspaceConfig = field(default_factory=SubspaceConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)

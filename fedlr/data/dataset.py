@@ -1,0 +1,177 @@
+"""Labelled text in memory: the frozen types that every data source returns.
+
+Rows are addressed by their position. A data set is never changed: selecting
+rows makes a new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlr import checks
+from fedlr.errors import DataError
+
+Labels = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class TextDataset:
+    """N labelled texts, or pairs of texts.
+
+    Attributes:
+        texts: N texts.
+        pairs: N second texts (a hypothesis, an answer), or None.
+        labels: Class index of each row, shape (N,), int64, read-only; ≥ 0.
+        users: Natural id of each row (its author, its module), or None.
+
+    Raises:
+        ValueError: The columns differ in length, or the labels are not one
+            dimension of non-negative integers.
+
+    Example:
+        >>> data = TextDataset(("good", "bad"), None, np.array([1, 0]), ("ann", "bob"))
+        >>> len(data), data.select(np.array([1])).users
+        (2, ('bob',))
+    """
+
+    texts: tuple[str, ...]
+    pairs: tuple[str, ...] | None
+    labels: Labels
+    users: tuple[str, ...] | None
+
+    def __post_init__(self) -> None:
+        given = np.asarray(self.labels)
+        if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
+            raise ValueError(
+                f"labels has dtype {given.dtype} and shape {given.shape}; expected one "
+                "dimension of integers"
+            )
+        labels = given.astype(np.int64)
+        if labels.size and labels.min() < 0:
+            raise ValueError(f"labels has a value {labels.min()}; every label must be ≥ 0")
+        labels.setflags(write=False)
+        object.__setattr__(self, "labels", labels)
+        for name, column in (("pairs", self.pairs), ("users", self.users), ("labels", labels)):
+            if column is not None and len(column) != len(self.texts):
+                raise ValueError(
+                    f"{name} has {len(column)} rows, expected {len(self.texts)} as in texts"
+                )
+
+    def __len__(self) -> int:
+        """N, the number of rows."""
+        return len(self.texts)
+
+    def select(self, rows: Rows) -> TextDataset:
+        """Return the data set of ``rows`` (positions, int64, any order, may be empty)."""
+        chosen = [int(row) for row in rows]
+        return TextDataset(
+            texts=tuple(self.texts[row] for row in chosen),
+            pairs=None if self.pairs is None else tuple(self.pairs[row] for row in chosen),
+            labels=self.labels[np.asarray(chosen, dtype=np.int64)],
+            users=None if self.users is None else tuple(self.users[row] for row in chosen),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedData:
+    """What a data source hands over.
+
+    Attributes:
+        train: The rows that clients share among themselves.
+        validation: Public rows that no client sees.
+        label_names: K ≥ 2 class names in index order, from a configuration or
+            from public metadata, never from the rows.
+        declared_public: Whether the rows are declared public, which is what
+            allows ``privacy.mode=dry``.
+        notices: Sentences the user must see (a class dropped, a split cut).
+        sha256: Hex digest over train, validation and label list in a canonical
+            form; it detects change and nothing else.
+
+    Raises:
+        ValueError: Fewer than two label names, a repeated one, or a label
+            outside the list.
+    """
+
+    train: TextDataset
+    validation: TextDataset
+    label_names: tuple[str, ...]
+    declared_public: bool
+    notices: tuple[str, ...] = ()
+    sha256: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_label_names(self.label_names)
+        for name, part in (("train", self.train), ("validation", self.validation)):
+            if len(part) and part.labels.max() >= len(self.label_names):
+                raise ValueError(
+                    f"{name} has label {part.labels.max()}, must be < {len(self.label_names)}, "
+                    "the number of label names"
+                )
+        object.__setattr__(
+            self, "sha256", _fingerprint(self.label_names, (self.train, self.validation))
+        )
+
+
+def check_label_names(names: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``names`` are at least two different names."""
+    if len(names) < 2 or len(set(names)) != len(names):
+        raise ValueError(f"label_names = {names} must be at least two names, each once")
+
+
+def split_validation(
+    dataset: TextDataset, fraction: float, seed: int
+) -> tuple[TextDataset, TextDataset]:
+    """Cut a validation set off by a seeded public permutation of the rows.
+
+    Args:
+        dataset: N ≥ 2 rows.
+        fraction: Part of the rows that goes to validation, in (0, 1); rounded
+            to at least one row, and at least one row stays.
+        seed: Public seed, ≥ 0.
+
+    Returns:
+        (train, validation): disjoint, together every row, each in the order of
+        ``dataset``.
+
+    Raises:
+        DataError: Fewer than two rows.
+        ValueError: ``fraction`` is not inside (0, 1).
+    """
+    if not 0.0 < checks.finite("validation_fraction", fraction) < 1.0:
+        raise ValueError(f"validation_fraction = {fraction} must be > 0 and < 1")
+    if len(dataset) < 2:
+        raise DataError(
+            f"the data have {len(dataset)} rows; cutting a validation set off needs at least 2. "
+            "Add rows or give a validation file."
+        )
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    count = min(max(round(fraction * len(dataset)), 1), len(dataset) - 1)
+    return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
+
+
+def shorten(dataset: TextDataset, max_examples: int, seed: int) -> TextDataset:
+    """Return at most ``max_examples`` ≥ 1 rows, drawn with a public seed, order kept."""
+    checks.at_least("max_examples", max_examples, 1)
+    if len(dataset) <= max_examples:
+        return dataset
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    return dataset.select(np.sort(order[:max_examples]))
+
+
+def _fingerprint(label_names: tuple[str, ...], parts: Iterable[TextDataset]) -> str:
+    """Hash one JSON array per row; a header per part makes the concatenation unambiguous."""
+    digest = hashlib.sha256(json.dumps(list(label_names)).encode())
+    for part in parts:
+        digest.update(f"\n{len(part)}".encode())
+        pairs = part.pairs if part.pairs is not None else (None,) * len(part)
+        users = part.users if part.users is not None else (None,) * len(part)
+        for row in zip(part.texts, pairs, part.labels.tolist(), users, strict=True):
+            digest.update(b"\n" + json.dumps(row).encode())
+    return digest.hexdigest()

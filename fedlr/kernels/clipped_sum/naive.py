@@ -1,0 +1,89 @@
+"""Per-unit gradients of a linear map's weight, their norms, and the clipped sum.
+
+For y = z·Bᵀ and δ = ∂loss/∂y, the gradient of one row's loss with respect to B
+is δᵀz, summed over tokens (Goodfellow 2015, arXiv 1510.01799; Li et al. 2022,
+arXiv 2110.05679, section 4). No array of the size of the base weight is formed.
+This is the torch twin of the kernel and its run-time fall-back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedlr import checks
+
+
+def unit_gradients(delta: Tensor, z: Tensor, unit_index: Tensor, units: int) -> Tensor:
+    """Return the gradient of B of every unit: G_u = Σ_{rows i of u} δ_iᵀ z_i.
+
+    Args:
+        delta: δ, shape (N, T, m), floating; ∂(sum of row losses)/∂(z·Bᵀ).
+        z: Inputs of B, shape (N, T, r), same dtype and device.
+        unit_index: Unit of each row, shape (N,), int64, values in [0, units).
+        units: U ≥ 0, number of units; a unit without rows gets zeros.
+
+    Returns:
+        Shape (U, m, r), dtype of ``delta``. N = 0 gives zeros.
+
+    Raises:
+        ValueError: Shapes disagree.
+
+    Example:
+        >>> d, z = torch.ones(2, 1, 1), torch.tensor([[[2.0]], [[3.0]]])
+        >>> unit_gradients(d, z, torch.tensor([0, 0]), 1).tolist()
+        [[[5.0]]]
+    """
+    if delta.ndim != 3 or z.ndim != 3:
+        raise ValueError(f"delta has {delta.ndim} and z has {z.ndim} dimensions; both need 3")
+    checks.same_shape("z (rows, tokens)", z.shape[:2], delta.shape[:2])
+    checks.same_shape("unit_index", unit_index.shape, delta.shape[:1])
+    rows = torch.bmm(delta.transpose(1, 2), z)  # (N, m, r)
+    return sum_rows(rows, unit_index, units)
+
+
+def sum_rows(rows: Tensor, unit_index: Tensor, units: int) -> Tensor:
+    """Add the rows of each unit: shape (N, ...) → (U, ...). The identity costs no copy."""
+    if rows.shape[0] == units and torch.equal(
+        unit_index, torch.arange(units, device=unit_index.device)
+    ):
+        return rows
+    total = rows.new_zeros((units, *rows.shape[1:]))
+    return total.index_add_(0, unit_index, rows)
+
+
+def squared_norms(gradients: Tensor) -> Tensor:
+    """Return ‖G_u‖² of every unit, shape (U,), float32, from gradients (U, ...)."""
+    return gradients.flatten(1).float().pow(2).sum(1)
+
+
+def clip_factors(squared: Tensor, bound: float) -> Tensor:
+    """Return min(1, bound / ‖G_u‖) per unit, shape (U,).
+
+    Args:
+        squared: ‖G_u‖², shape (U,), float32, ≥ 0; summed over all clipped arrays.
+        bound: Clip norm, > 0.
+
+    Guarantees:
+        factor·‖G‖ ≤ bound up to float32 rounding; a zero gradient keeps factor 1;
+        a unit whose norm is NaN or infinite gets factor 0, so that it cannot
+        poison the sum (its sensitivity is then 0 ≤ bound).
+
+    Example:
+        >>> clip_factors(torch.tensor([0.0, 4.0, float("nan")]), 1.0).tolist()
+        [1.0, 0.5, 0.0]
+    """
+    checks.positive("bound", bound)
+    factors = (bound / squared.sqrt().clamp_min(1e-30)).clamp_max(1.0)
+    return torch.where(torch.isfinite(squared), factors, torch.zeros_like(factors))
+
+
+def clipped_sum(gradients: Tensor, factors: Tensor) -> Tensor:
+    """Return Σ_u factor_u · G_u, shape of one gradient; zeros for no unit.
+
+    A unit with factor 0 contributes exactly zero even where its gradient is not
+    finite.
+    """
+    flat = gradients.flatten(1)
+    finite = torch.where((factors > 0).unsqueeze(1), flat, torch.zeros_like(flat))
+    return (factors.to(flat.dtype) @ finite).reshape(gradients.shape[1:])

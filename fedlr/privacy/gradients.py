@@ -1,0 +1,199 @@
+"""Gradients of one unit of privacy at a time: three ways behind one interface.
+
+`CapturedGradients` multiplies what it captures at the trained linear layers;
+`OpacusGradients` uses Opacus' hooks; `autograd_gradients` differentiates one unit
+after the other and is the obviously correct, slow twin of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedlr.errors import ModelError
+from fedlr.kernels.clipped_sum.naive import sum_rows, unit_gradients
+from fedlr.methods.method import PartKey
+
+Trained = Mapping[PartKey, nn.Parameter]
+"""The parameters that train, by their wire address."""
+
+LossOfRows = Callable[[Tensor], Tensor]
+"""Row positions (K,) int64 of one physical batch → their losses (K,), in nats."""
+
+
+class UnitGradients(Protocol):
+    """Computes the gradient of every unit's summed loss with respect to each trained array."""
+
+    def __call__(self, losses: LossOfRows, unit_index: Tensor, units: int) -> dict[PartKey, Tensor]:
+        """Differentiate one physical batch.
+
+        Args:
+            losses: Runs the model on some rows of the batch; no row's loss may
+                depend on another row.
+            unit_index: Unit of each row, shape (N,), int64, in [0, units). N = 0
+                runs no model.
+            units: U ≥ 0, number of units in the batch.
+
+        Returns:
+            Per trained array its per-unit gradients, shape (U, *array shape),
+            float32. ``parameter.grad`` is left untouched.
+        """
+        ...
+
+
+class CapturedGradients:
+    """Per-unit gradients as δᵀz at the trained linear layers (`fedlr.kernels.clipped_sum`).
+
+    One forward and one backward pass; the backward pass forms no parameter
+    gradient. A layer called several times in one pass (shared layers, ALBERT)
+    contributes the sum over its calls.
+
+    Args:
+        model: The module whose layers own ``trained``.
+        trained: Weights or biases of ``nn.Linear`` layers.
+
+    Raises:
+        ModelError: A trained array is not owned by a linear layer.
+    """
+
+    def __init__(self, model: nn.Module, trained: Trained) -> None:
+        self._trained = dict(trained)
+        keys = {id(parameter): key for key, parameter in self._trained.items()}
+        self._layers: list[tuple[nn.Linear, PartKey | None, PartKey | None]] = []
+        owned: set[PartKey] = set()
+        for module in model.modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            owners = {name: id(value) for name, value in module.named_parameters(recurse=False)}
+            weight, bias = (keys.get(owners.get(name, -1)) for name in ("weight", "bias"))
+            if weight is not None or bias is not None:
+                self._layers.append((module, weight, bias))
+                owned |= {key for key in (weight, bias) if key is not None}
+        if missing := sorted(set(self._trained) - owned):
+            raise ModelError(
+                f"{missing[0].site}/{missing[0].role.value} is not the weight of a linear layer; "
+                "set kernels.gradients=autograd for such a head"
+            )
+
+    def __call__(self, losses: LossOfRows, unit_index: Tensor, units: int) -> dict[PartKey, Tensor]:
+        """See `UnitGradients`."""
+        totals = _zeros(self._trained, units)
+        rows = unit_index.shape[0]
+        if rows == 0:
+            return totals
+        with self._capture() as calls:
+            loss = losses(torch.arange(rows, device=unit_index.device)).sum()
+        deltas = torch.autograd.grad(loss, [output for _, _, output in calls], allow_unused=True)
+        for (layer, inputs, _), delta in zip(calls, deltas, strict=True):
+            if delta is None:
+                continue
+            _, weight, bias = self._layers[layer]
+            if inputs.shape[0] != rows:
+                raise ModelError(
+                    f"a trained layer saw {inputs.shape[0]} rows in a batch of {rows}: this model "
+                    "mixes rows, so no per-unit gradient exists; use another base model"
+                )
+            tokens = delta.reshape(rows, -1, delta.shape[-1]).float()
+            if weight is not None:
+                z = inputs.reshape(rows, -1, inputs.shape[-1]).float()
+                totals[weight] = totals[weight] + unit_gradients(tokens, z, unit_index, units)
+            if bias is not None:
+                totals[bias] = totals[bias] + sum_rows(tokens.sum(1), unit_index, units)
+        return totals
+
+    @contextmanager
+    def _capture(self) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
+        """Record (layer, input, output) of every call of a trained layer."""
+        calls: list[tuple[int, Tensor, Tensor]] = []
+
+        def recorder(index: int) -> Callable[..., None]:
+            def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                calls.append((index, inputs[0].detach(), output))
+
+            return record
+
+        handles = [
+            layer.register_forward_hook(recorder(index))
+            for index, (layer, _, _) in enumerate(self._layers)
+        ]
+        try:
+            yield calls
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class OpacusGradients:
+    """Per-unit gradients from Opacus' hooks, without wrapping the model (Opacus ≥ 1.6).
+
+    Args:
+        model: The module to hook; only its layers with trained arrays are.
+        trained: The trained arrays.
+    """
+
+    def __init__(self, model: nn.Module, trained: Trained) -> None:
+        self._model, self._trained = model, dict(trained)
+
+    def __call__(self, losses: LossOfRows, unit_index: Tensor, units: int) -> dict[PartKey, Tensor]:
+        """See `UnitGradients`."""
+        from opacus.grad_sample.grad_sample_module import GradSampleHooks
+
+        totals = _zeros(self._trained, units)
+        rows = unit_index.shape[0]
+        if rows == 0:
+            return totals
+        hooks: Any = GradSampleHooks(self._model, loss_reduction="sum", strict=False)
+        try:
+            total: Any = losses(torch.arange(rows, device=unit_index.device)).sum()
+            total.backward()
+            for key, parameter in self._trained.items():
+                sample = getattr(parameter, "grad_sample", None)
+                if sample is not None:
+                    totals[key] = sum_rows(sample.float(), unit_index, units)
+        finally:
+            hooks.cleanup()
+            for parameter in self._trained.values():
+                parameter.grad = None
+        return totals
+
+
+class AutogradGradients:
+    """One backward pass per unit: slow, obviously correct; works for any architecture."""
+
+    def __init__(self, model: nn.Module, trained: Trained) -> None:
+        del model
+        self._trained = dict(trained)
+
+    def __call__(self, losses: LossOfRows, unit_index: Tensor, units: int) -> dict[PartKey, Tensor]:
+        """See `UnitGradients`."""
+        totals = _zeros(self._trained, units)
+        for unit in range(units):
+            rows = (unit_index == unit).nonzero().flatten()
+            if rows.shape[0] == 0:
+                continue
+            found = torch.autograd.grad(
+                losses(rows).sum(), list(self._trained.values()), allow_unused=True
+            )
+            for key, gradient in zip(self._trained, found, strict=True):
+                if gradient is not None:
+                    totals[key][unit] = gradient.float()
+        return totals
+
+
+GRADIENTS: Mapping[str, Callable[[nn.Module, Trained], UnitGradients]] = {
+    "captured": CapturedGradients,
+    "opacus": OpacusGradients,
+    "autograd": AutogradGradients,
+}
+"""Implementations by the name of ``kernels.gradients``."""
+
+
+def _zeros(trained: Trained, units: int) -> dict[PartKey, Tensor]:
+    return {
+        key: torch.zeros((units, *value.shape), dtype=torch.float32, device=value.device)
+        for key, value in trained.items()
+    }

@@ -1,0 +1,235 @@
+"""What travels between server and site, as frozen values and as plain records.
+
+A record is a pair (arrays, header): named float32 arrays in the wire form of
+`fedlr.adapters.codec`, and a flat mapping of texts, integers and floats. The
+Flower apps put both into a message; nothing else crosses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlr import checks
+from fedlr.adapters import codec
+from fedlr.errors import BadUpdate
+from fedlr.methods.method import ClientUpdate, Parts, Role
+
+Arrays = dict[str, NDArray[np.float32]]
+Header = dict[str, str | int | float]
+
+ABSTENTION_CODES = (
+    "max_joins",
+    "budget",
+    "provenance",
+    "bad_job",
+    "no_release",
+    "ledger",
+    "failed",
+)
+"""Every reason a site may give for not taking part; a fixed list, so that no text leaks.
+
+``max_joins`` joined as often as its noise was calibrated for · ``budget`` the next
+round would exceed its ε · ``provenance`` other base weights, tokenizer, labels or
+codec · ``bad_job`` the job's names or shapes do not fit · ``no_release`` a
+projecting phase without a release of this round · ``ledger`` the ledger refuses ·
+``failed`` anything else, explained on the operator's console only.
+"""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Digests that server and sites must agree on; averaging over other ones is nonsense.
+
+    Attributes:
+        base: sha256 of the base weights.
+        tokenizer: sha256 of the tokenizer.
+        labels: sha256 of the label list and head description.
+        codec: Schema name of the arrays.
+    """
+
+    base: str
+    tokenizer: str
+    labels: str
+    codec: str = codec.SCHEMA
+
+
+@dataclass(frozen=True)
+class Job:
+    """One phase of one round for one client.
+
+    Attributes:
+        run: Identifier of the federation run.
+        round: Zero-based round.
+        phase: Index of the phase in the round.
+        nonce: Unique per (run, round, phase, client); the server journals it first.
+        train: Roles to train; empty for a projecting phase.
+        send: Roles to send back.
+        parts: What the server broadcasts before the phase.
+        provenance: What the parts were made for.
+    """
+
+    run: str
+    round: int
+    phase: int
+    nonce: str
+    train: frozenset[Role]
+    send: frozenset[Role]
+    parts: Parts
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        checks.at_least("round", self.round, 0)
+        checks.at_least("phase", self.phase, 0)
+
+
+@dataclass(frozen=True)
+class Abstention:
+    """A site's refusal to take part in a round.
+
+    Attributes:
+        client: Stable public identifier of the client.
+        code: One of `ABSTENTION_CODES`.
+    """
+
+    client: str
+    code: str
+
+    def __post_init__(self) -> None:
+        checks.one_of("code", self.code, ABSTENTION_CODES)
+
+
+@dataclass(frozen=True)
+class SiteStatus:
+    """What a site says of itself before a run; all of it is public.
+
+    Attributes:
+        client: Stable public identifier.
+        declared_size: N as the operator declares it.
+        noise_multiplier: σ of its releases; 0.0 where privacy is off or dry.
+        delta: δ of its guarantee; 0.0 where privacy is off or dry.
+        provenance: Digests of what it holds.
+    """
+
+    client: str
+    declared_size: int
+    noise_multiplier: float
+    delta: float
+    provenance: Provenance
+
+
+def encode_job(job: Job) -> tuple[Arrays, Header]:
+    """Return the record of ``job``; `decode_job` is its inverse."""
+    header: Header = {
+        "run": job.run,
+        "round": job.round,
+        "phase": job.phase,
+        "nonce": job.nonce,
+        "train": _join(job.train),
+        "send": _join(job.send),
+        **_provenance_header(job.provenance),
+    }
+    return codec.encode(job.parts), header
+
+
+def decode_job(arrays: Arrays, header: Mapping[str, Any]) -> Job:
+    """Return the job in a record.
+
+    Raises:
+        BadUpdate: A missing or malformed field (``names``) or array (see
+            `fedlr.adapters.codec.decode`).
+    """
+    try:
+        provenance = _provenance(header)
+        return Job(
+            run=str(header["run"]),
+            round=int(header["round"]),
+            phase=int(header["phase"]),
+            nonce=str(header["nonce"]),
+            train=_split(header["train"]),
+            send=_split(header["send"]),
+            parts=codec.decode(arrays, provenance.codec),
+            provenance=provenance,
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadUpdate("names", f"the job's header is malformed: {error}") from error
+
+
+def encode_outcome(outcome: ClientUpdate | Abstention) -> tuple[Arrays, Header]:
+    """Return the record of an update or an abstention; `decode_outcome` is its inverse."""
+    if isinstance(outcome, Abstention):
+        return {}, {"client": outcome.client, "code": outcome.code}
+    header: Header = {"client": outcome.client, "steps": outcome.steps, "codec": codec.SCHEMA}
+    if outcome.epsilon is not None:
+        header["epsilon"] = float(outcome.epsilon)
+    return codec.encode(outcome.parts), header
+
+
+def decode_outcome(arrays: Arrays, header: Mapping[str, Any]) -> ClientUpdate | Abstention:
+    """Return the update or abstention in a record.
+
+    Raises:
+        BadUpdate: A missing or malformed field (``names``), or a bad array.
+    """
+    try:
+        if "code" in header:
+            return Abstention(str(header["client"]), str(header["code"]))
+        epsilon = header.get("epsilon")
+        return ClientUpdate(
+            client=str(header["client"]),
+            parts=codec.decode(arrays, str(header["codec"])),
+            steps=checks.at_least("steps", int(header["steps"]), 0),
+            epsilon=None if epsilon is None else float(epsilon),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadUpdate("names", f"the update's header is malformed: {error}") from error
+
+
+def encode_status(status: SiteStatus) -> Header:
+    """Return the header that announces a site; `decode_status` is its inverse."""
+    return {
+        "client": status.client,
+        "declared_size": status.declared_size,
+        "noise_multiplier": status.noise_multiplier,
+        "delta": status.delta,
+        **_provenance_header(status.provenance),
+    }
+
+
+def decode_status(header: Mapping[str, Any]) -> SiteStatus:
+    """Return the site's announcement; BadUpdate (``names``) where it is malformed."""
+    try:
+        return SiteStatus(
+            client=str(header["client"]),
+            declared_size=checks.at_least("declared_size", int(header["declared_size"]), 0),
+            noise_multiplier=checks.non_negative("sigma", float(header["noise_multiplier"])),
+            delta=checks.in_range("delta", float(header["delta"]), 0.0, 1.0),
+            provenance=_provenance(header),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadUpdate("names", f"the site's status is malformed: {error}") from error
+
+
+def _provenance_header(provenance: Provenance) -> Header:
+    return {
+        "base": provenance.base,
+        "tokenizer": provenance.tokenizer,
+        "labels": provenance.labels,
+        "codec": provenance.codec,
+    }
+
+
+def _provenance(header: Mapping[str, Any]) -> Provenance:
+    return Provenance(*(str(header[name]) for name in ("base", "tokenizer", "labels", "codec")))
+
+
+def _join(roles: frozenset[Role]) -> str:
+    return ",".join(sorted(role.value for role in roles))
+
+
+def _split(text: Any) -> frozenset[Role]:
+    return frozenset(Role(name) for name in str(text).split(",") if name)

