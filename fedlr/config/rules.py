@@ -32,6 +32,7 @@ def range_problems(config: RunConfig) -> list[str]:
         (checks.at_least, "federation.evaluate_every", (federation.evaluate_every, 1)),
         (checks.at_least, "federation.average_rounds", (federation.average_rounds, 1)),
         (checks.at_least, "kernels.physical_batch", (config.kernels.physical_batch, 1)),
+        (checks.at_least, "kernels.prefix_cache_mb", (config.kernels.prefix_cache_mb, 0)),
         (checks.in_range, "data.validation_fraction", (config.data.validation_fraction, 0.01, 0.9)),
     ]
     optional: list[tuple[Callable[..., Any], str, Any, tuple[Any, ...]]] = [

@@ -222,12 +222,15 @@ class KernelsConfig:
         physical_batch: Rows per forward pass.
         threads: CPU threads of torch; null leaves torch's default.
         device: ``auto`` (CUDA when present), ``cpu`` or ``cuda``.
+        prefix_cache_mb: Megabytes for the hidden states of the frozen layers below
+            the first adapter, which are then computed once; 0 keeps none.
     """
 
     gradients: Literal["captured", "opacus", "autograd"] = "captured"
     physical_batch: int = 32
     threads: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    prefix_cache_mb: int = 1024
 
 
 @dataclass(frozen=True, kw_only=True)

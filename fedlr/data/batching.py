@@ -41,6 +41,8 @@ class Batch:
         labels: Class indices, shape (N,), int64.
         unit_index: Unit of each row within the logical batch, shape (N,),
             int64; rows with one index are clipped as one unit.
+        hidden: Cached hidden states of a frozen prefix, shape (N, T, width),
+            float32, zeros on padding; None where nothing is cached.
     """
 
     input_ids: Tensor
@@ -48,10 +50,34 @@ class Batch:
     token_type_ids: Tensor | None
     labels: Tensor
     unit_index: Tensor
+    hidden: Tensor | None = None
 
     def __len__(self) -> int:
         """N, the number of rows."""
         return int(self.labels.shape[0])
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with every tensor on ``device``; itself where it is there already."""
+        if self.labels.device == device:
+            return self
+        kinds, hidden = self.token_type_ids, self.hidden
+        return Batch(
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            token_type_ids=None if kinds is None else kinds.to(device),
+            labels=self.labels.to(device),
+            unit_index=self.unit_index.to(device),
+            hidden=None if hidden is None else hidden.to(device),
+        )
+
+    def inputs(self, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the encoder's keyword arguments for all rows, or for positions (K,) int64."""
+        found = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.token_type_ids is not None:
+            found["token_type_ids"] = self.token_type_ids
+        if rows is None:
+            return found
+        return {name: value[rows] for name, value in found.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +91,8 @@ class TokenisedDataset:
         token_type_ids: As ``tokens``, int8; None where all are zero.
         labels: Class indices, shape (N,), int64.
         pad_token_id: Id that fills a batch.
+        hidden: Cached hidden states of a frozen prefix, one row a token, shape
+            (total, width), float32; None where nothing is cached.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -72,6 +100,7 @@ class TokenisedDataset:
     token_type_ids: npt.NDArray[np.int8] | None
     labels: Integers
     pad_token_id: int
+    hidden: Tensor | None = None
 
     def __len__(self) -> int:
         """N, the number of rows."""
@@ -113,7 +142,14 @@ class TokenisedDataset:
             token_type_ids=None if kinds is None else gather(kinds, 0),
             labels=torch.from_numpy(self.labels[rows]),
             unit_index=torch.from_numpy(units.astype(np.int64)),
+            hidden=self._cached(positions, mask),
         )
+
+    def _cached(self, positions: Integers, mask: npt.NDArray[np.bool_]) -> Tensor | None:
+        if self.hidden is None:
+            return None
+        states = self.hidden[torch.from_numpy(positions)]
+        return states * torch.from_numpy(mask).unsqueeze(-1)
 
 
 def tokenise(

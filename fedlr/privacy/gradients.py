@@ -87,7 +87,8 @@ class CapturedGradients:
             return totals
         with self._capture() as calls:
             loss = losses(torch.arange(rows, device=unit_index.device)).sum()
-        deltas = torch.autograd.grad(loss, [output for _, _, output in calls], allow_unused=True)
+        outputs = [output for _, _, output in calls]
+        deltas: tuple[Tensor | None, ...] = torch.autograd.grad(loss, outputs, allow_unused=True)
         for (layer, inputs, _), delta in zip(calls, deltas, strict=True):
             if delta is None:
                 continue

@@ -273,17 +273,16 @@ class SqliteLedger:
 
 
 def _connect(uri: str) -> sqlite3.Connection:
-    """Open a connection without implicit transactions, durable to the last commit."""
-    database = sqlite3.connect(
+    """Open a connection without implicit transactions."""
+    return sqlite3.connect(
         uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
     )
-    database.execute("PRAGMA synchronous = EXTRA")
-    return database
 
 
 @contextmanager
 def _immediate(database: sqlite3.Connection) -> Iterator[None]:
-    """Hold the writer's lock for the block; commit, or roll back if it raises."""
+    """Hold the writer's lock for the block; commit durably, or roll back if it raises."""
+    database.execute("PRAGMA synchronous = EXTRA")
     database.execute("BEGIN IMMEDIATE")
     try:
         yield

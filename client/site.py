@@ -1,0 +1,210 @@
+"""The site: the trust boundary that owns data, ledger, noise and policy.
+
+Jobs come in, noised updates or fixed codes go out; nothing else. The same object
+is called directly in a simulation and behind an agent on a real node.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fedlr import checks
+from fedlr.data.batching import UnitIndex
+from fedlr.errors import LedgerError
+from fedlr.methods.method import ClientUpdate, PartKey, Parts, Role
+from fedlr.privacy.accounting import Accountant, epsilon
+from fedlr.privacy.dpsgd import Mechanism, clip_groups
+from fedlr.privacy.events import Release
+from fedlr.privacy.ledger import JobKey, Ledger
+from fedlr.privacy.noise import Stream, public_stream, secret_stream
+from fedlr.training.jobs import Abstention, Job, Provenance, SiteStatus
+from fedlr.training.local import LocalTask, LocalTrainer
+
+_log = logging.getLogger("fedlr.site")
+
+
+@dataclass(frozen=True)
+class SitePolicy:
+    """What the operator declares; every number in it is public.
+
+    Attributes:
+        client: Stable public identifier.
+        mode: ``dp``, ``dry`` or ``none``.
+        declared_size: N, the declared number of units; shapes q, never counted
+            from the rows at run time.
+        expected_batch: L; q = min(1, L/N) and the divisor of the sum.
+        clip_norm: C.
+        head_share: Share of C² of a trained head; None clips jointly.
+        noise_multiplier: σ, calibrated for ``max_joins``; 0 unless ``mode=dp``.
+        delta: δ.
+        unit: Unit of privacy.
+        max_joins: Rounds this site may join before it stops.
+        accountant: Accountant of the reported ε.
+        public_seed: Seed of Poisson draws where ``mode`` is not ``dp``.
+    """
+
+    client: str
+    mode: Literal["dp", "dry", "none"]
+    declared_size: int
+    expected_batch: int
+    clip_norm: float
+    head_share: float | None
+    noise_multiplier: float
+    delta: float
+    unit: Literal["example", "user"]
+    max_joins: int
+    accountant: Accountant
+    public_seed: int
+
+    def __post_init__(self) -> None:
+        checks.one_of("mode", self.mode, ("dp", "dry", "none"))
+        checks.at_least("declared_size", self.declared_size, 0)
+        if (self.mode == "dp") != (self.noise_multiplier > 0):
+            raise ValueError(
+                f"noise_multiplier = {self.noise_multiplier} does not fit mode = {self.mode!r}: it "
+                "must be > 0 in mode dp and 0 in the others"
+            )
+
+    @property
+    def sample_rate(self) -> float:
+        """q = min(1, L/N); 1 where nothing is declared."""
+        return min(1.0, self.expected_batch / max(1, self.declared_size))
+
+
+class Site:
+    """One participant.
+
+    Args:
+        policy: What its operator declares.
+        units: Its rows by unit of privacy.
+        trainer: The resident model; may be shared between simulated sites.
+        ledger: Durable record of what it has released.
+        provenance: Digests of what it holds.
+    """
+
+    def __init__(
+        self,
+        policy: SitePolicy,
+        units: UnitIndex,
+        trainer: LocalTrainer,
+        ledger: Ledger,
+        provenance: Provenance,
+    ) -> None:
+        self.policy = policy
+        self._units = units
+        self._trainer = trainer
+        self._ledger = ledger
+        self._provenance = provenance
+        self._released: tuple[tuple[str, int], Parts] | None = None
+
+    def status(self) -> SiteStatus:
+        """Announce the site; every field is public."""
+        policy = self.policy
+        return SiteStatus(
+            client=policy.client,
+            declared_size=policy.declared_size,
+            noise_multiplier=policy.noise_multiplier,
+            delta=policy.delta if policy.mode == "dp" else 0.0,
+            provenance=self._provenance,
+        )
+
+    def train_many(self, jobs: Sequence[Job]) -> list[ClientUpdate | Abstention]:
+        """Answer each job, in order, with an update or a code.
+
+        Guarantees:
+            In mode ``dp`` the round's events are durable in the ledger before
+            the first gradient, and committed before the update is returned. An
+            interrupted round counts as spent in full. Whatever goes wrong, only
+            a code of `fedlr.training.jobs.ABSTENTION_CODES` is returned; the
+            reason is logged on the site's own console.
+        """
+        return [self._answer(job) for job in jobs]
+
+    def _answer(self, job: Job) -> ClientUpdate | Abstention:
+        try:
+            if job.provenance != self._provenance:
+                return self._abstain("provenance")
+            if not job.train:
+                return self._project(job)
+            if not self._trained_keys(job):
+                return self._abstain("bad_job")
+            return self._train(job)
+        except LedgerError as error:
+            _log.error("%s: the ledger refuses: %s", self.policy.client, error)
+            return self._abstain("ledger")
+        except ValueError as error:
+            _log.error("%s: the job does not fit: %s", self.policy.client, error)
+            return self._abstain("bad_job")
+        except Exception:
+            _log.exception("%s: the round failed", self.policy.client)
+            return self._abstain("failed")
+
+    def _train(self, job: Job) -> ClientUpdate | Abstention:
+        """Reserve, train, commit."""
+        policy, steps = self.policy, self._trainer.settings.steps
+        mechanism = None
+        spent: float | None = None
+        if policy.mode == "none":
+            trained = self._run(job, None)
+        else:
+            if self._ledger.joins() >= policy.max_joins:
+                return self._abstain("max_joins")
+            mechanism = Mechanism(
+                clip_norm=policy.clip_norm,
+                groups=clip_groups(self._trained_keys(job), policy.clip_norm, policy.head_share),
+                noise_multiplier=policy.noise_multiplier,
+                expected_batch=policy.expected_batch,
+            )
+            release = Release(policy.noise_multiplier, policy.sample_rate, steps, policy.unit)
+            key = JobKey(job.run, job.round, policy.client, job.nonce)
+            self._ledger.reserve(key, release)
+            trained = self._run(job, mechanism)
+            self._ledger.commit(key, release)
+            spent = epsilon(self._ledger.spent(), policy.delta, policy.accountant)
+        self._released = ((job.run, job.round), trained)
+        sent = {key: value for key, value in trained.items() if key.role in job.send}
+        return ClientUpdate(client=policy.client, parts=sent, steps=steps, epsilon=spent)
+
+    def _run(self, job: Job, mechanism: Mechanism | None) -> dict[PartKey, torch.Tensor]:
+        sampling, noise = self._streams(job)
+        task = LocalTask(
+            parts=job.parts,
+            train=job.train,
+            sample_rate=self.policy.sample_rate,
+            mechanism=mechanism,
+            sampling=sampling,
+            noise=noise,
+        )
+        return self._trainer.train(task, self._units)
+
+    def _streams(self, job: Job) -> tuple[Stream, Stream]:
+        """Two streams of this task alone: secret under dp, public otherwise."""
+        if self.policy.mode == "dp":
+            return secret_stream(), secret_stream()
+        labels = (self.policy.public_seed, self.policy.client, job.round, job.phase)
+        return public_stream("sampling", *labels), public_stream("noise", *labels)
+
+    def _project(self, job: Job) -> ClientUpdate | Abstention:
+        """Answer a projecting phase: rotationᵀ·B of what was released in this round."""
+        if self._released is None or self._released[0] != (job.run, job.round):
+            return self._abstain("no_release")
+        if job.send != frozenset({Role.CORE}):
+            return self._abstain("bad_job")
+        released = self._released[1]
+        cores = {
+            PartKey(key.site, Role.CORE): rotation.T @ released[PartKey(key.site, Role.B)]
+            for key, rotation in job.parts.items()
+            if key.role is Role.ROTATION
+        }
+        return ClientUpdate(client=self.policy.client, parts=cores, steps=0)
+
+    def _trained_keys(self, job: Job) -> list[PartKey]:
+        return [key for key in job.parts if key.role in job.train]
+
+    def _abstain(self, code: str) -> Abstention:
+        return Abstention(self.policy.client, code)

@@ -1,0 +1,296 @@
+"""The composition root: a configuration becomes objects.
+
+The only file that imports every layer. It starts nothing and releases nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlr.adapters.codec import SCHEMA
+from fedlr.adapters.inject import inject
+from fedlr.adapters.surgery import AdaptedModel
+from fedlr.config import HeadConfig, RunConfig
+from fedlr.data.batching import UnitIndex, tokenise
+from fedlr.data.dataset import LoadedData
+from fedlr.data.partition import partition
+from fedlr.data.sources import SourceSpec, load
+from fedlr.data.stdlib import LABEL_TEXTS
+from fedlr.errors import ConfigError
+from fedlr.lowrank.subspace import SUBSPACES
+from fedlr.methods.method import Layout, Method
+from fedlr.methods.registry import METHODS
+from fedlr.methods.registry import build as build_method
+from fedlr.privacy.calibration import noise_multiplier
+from fedlr.training.base import BaseModel, load_base
+from fedlr.training.classifier import Classifier
+from fedlr.training.evaluate import Evaluator
+from fedlr.training.heads import LinearHead, RandomClsHead, label_embeddings
+from fedlr.training.jobs import Provenance
+from fedlr.training.local import LocalSettings, LocalTrainer
+from fedlr.training.prefix import cache_prefix, find_prefix
+
+
+@dataclass(frozen=True)
+class ClientPlan:
+    """One simulated client: its rows and the public numbers that follow from its size.
+
+    Attributes:
+        name: Stable public identifier, ``client-000`` and so on.
+        units: Its rows by unit of privacy.
+        declared_size: N, number of units; in a simulation the true one is
+            declared public.
+        delta: δ of its guarantee.
+        noise_multiplier: σ; 0.0 unless ``privacy.mode=dp``.
+    """
+
+    name: str
+    units: UnitIndex
+    declared_size: int
+    delta: float
+    noise_multiplier: float
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """Everything a simulation needs, sharing one resident base model.
+
+    Attributes:
+        config: The configuration it was built from.
+        base: The frozen encoder, its tokenizer and digests.
+        adapted: Movable arrays of the model.
+        layout: What the federation adapts.
+        method: The federated method.
+        trainer: Local training.
+        evaluator: Public evaluation.
+        provenance: Digests that jobs carry.
+        data: The loaded data (train and public validation).
+        clients: The simulated clients.
+        majority: Share of the largest class of the validation split.
+        notices: Sentences a reader of the results must know.
+    """
+
+    config: RunConfig
+    base: BaseModel
+    adapted: AdaptedModel
+    layout: Layout
+    method: Method
+    trainer: LocalTrainer
+    evaluator: Evaluator
+    provenance: Provenance
+    data: LoadedData
+    clients: tuple[ClientPlan, ...]
+    majority: float
+    notices: tuple[str, ...]
+
+
+def build(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Workbench:
+    """Build everything that ``config`` describes.
+
+    Args:
+        config: A checked configuration.
+        say: Told what is being done, one short line at a time.
+
+    Raises:
+        ConfigError: A setting that does not fit the model or the data.
+        DataError, ModelError: Something cannot be loaded.
+    """
+    check_names(config)
+    if config.kernels.threads is not None:
+        torch.set_num_threads(config.kernels.threads)
+    device = _device(config)
+    say("reading the data")
+    data = load(source_spec(config))
+    clients = _clients(config, data, say)
+    say(f"loading the model {config.model.name}")
+    base = load_base(
+        config.model.name,
+        config.model.revision,
+        config.model.sha256,
+        config.seed if config.model.random_weights else None,
+    )
+    base.encoder.to(device)
+    head = build_head(config, base, data.label_names)
+    adapter = config.adapter
+    encoder, sites = inject(
+        base.encoder, adapter.modules, adapter.layers, adapter.rank, adapter.alpha
+    )
+    prefix = find_prefix(encoder, sites)
+    classifier = Classifier(encoder, head.to(device).requires_grad_(False), prefix)
+    adapted = AdaptedModel(encoder, sites, _trained_head(head, config.model.head))
+    say("tokenising")
+    training = tokenise(base.tokenizer, data.train, config.model.max_length)
+    validation = tokenise(base.tokenizer, data.validation, config.model.max_length)
+    size = config.kernels.physical_batch
+    if prefix is not None:
+        say(f"computing the {prefix.depth} frozen layers below the adapters once")
+        limit = config.kernels.prefix_cache_mb
+        training = cache_prefix(encoder, prefix, training, size, limit)
+        validation = cache_prefix(encoder, prefix, validation, size, limit)
+    return Workbench(
+        config=config,
+        base=base,
+        adapted=adapted,
+        layout=Layout(
+            sites, {name: value.detach().cpu().clone() for name, value in adapted.head.items()}
+        ),
+        method=build_method(config.method.name, SUBSPACES[config.subspace.kind]),
+        trainer=LocalTrainer(classifier, adapted, training, local_settings(config), device),
+        evaluator=Evaluator(classifier, adapted, validation, size, device),
+        provenance=_provenance(base, head, data.label_names),
+        data=data,
+        clients=clients,
+        majority=float(np.bincount(data.validation.labels).max() / len(data.validation)),
+        notices=data.notices,
+    )
+
+
+def check_names(config: RunConfig) -> None:
+    """Check names that only the libraries know; ConfigError with all that are wrong."""
+    problems = []
+    if config.method.name not in METHODS:
+        problems.append(f"method.name = {config.method.name!r} must be one of {', '.join(METHODS)}")
+    if config.kernels.device == "cuda" and not torch.cuda.is_available():
+        problems.append("kernels.device = cuda but no CUDA device is visible; use auto or cpu")
+    if problems:
+        raise ConfigError(problems)
+
+
+def source_spec(config: RunConfig) -> SourceSpec:
+    """Return the data source that ``config.data`` describes, with the public seed."""
+    data = config.data
+    return SourceSpec(
+        kind=data.kind,
+        path=data.path,
+        name=data.name,
+        subset=data.subset,
+        text_columns=data.text_columns,
+        label_column=data.label_column,
+        user_column=data.user_column,
+        label_names=data.label_names,
+        validation_fraction=data.validation_fraction,
+        train_split=data.train_split,
+        validation_split=data.validation_split,
+        max_examples=data.max_examples,
+        public=data.public,
+        seed=config.seed,
+    )
+
+
+def local_settings(config: RunConfig) -> LocalSettings:
+    """Return the public settings of local training."""
+    optimizer, kernels = config.optimizer, config.kernels
+    return LocalSettings(
+        optimizer=optimizer.name,
+        learning_rate=optimizer.learning_rate,
+        head_learning_rate=optimizer.head_learning_rate or optimizer.learning_rate,
+        momentum=optimizer.momentum,
+        steps=optimizer.steps,
+        physical_batch=kernels.physical_batch,
+        gradients=kernels.gradients,
+    )
+
+
+def max_joins(config: RunConfig) -> int:
+    """Return the largest number of rounds a site may join: what its noise is calibrated for."""
+    rounds = config.federation.rounds
+    return min(rounds, config.privacy.max_joins or rounds)
+
+
+def build_head(config: RunConfig, base: BaseModel, label_names: tuple[str, ...]) -> nn.Module:
+    """Return the head of ``config.model.head``; its random draws come from the public seed.
+
+    Raises:
+        ConfigError: The number of label texts is not the number of labels.
+    """
+    head, classes = config.model.head, len(label_names)
+    width = int(cast(Any, base.encoder).config.hidden_size)
+    if head.kind == "random_cls":
+        return RandomClsHead(width, classes, torch.Generator().manual_seed(config.seed))
+    if head.kind == "linear":
+        return LinearHead(torch.zeros(classes, width), bias=True, feature_scale=head.feature_scale)
+    texts = head.label_texts or tuple(LABEL_TEXTS.get(name, name) for name in label_names)
+    if len(texts) != classes:
+        raise ConfigError(
+            [
+                f"model.head.label_texts has {len(texts)} texts for {classes} labels "
+                f"({', '.join(label_names)}); give one text per label, in that order"
+            ]
+        )
+    weight = label_embeddings(base.encoder, base.tokenizer, texts, head.label_scale)
+    return LinearHead(weight, bias=head.trained, feature_scale=head.feature_scale)
+
+
+def _trained_head(head: nn.Module, settings: HeadConfig) -> dict[str, nn.Parameter]:
+    if not settings.trained:
+        return {}
+    return {f"head.{name}": value for name, value in head.named_parameters()}
+
+
+def _clients(
+    config: RunConfig, data: LoadedData, say: Callable[[str], None]
+) -> tuple[ClientPlan, ...]:
+    """Split the training rows and calibrate each client's noise."""
+    unit = config.privacy.unit
+    parts = partition(
+        data.train,
+        config.partition.kind,
+        config.federation.clients,
+        config.seed,
+        config.partition.alpha,
+        unit,
+    )
+    plans, problems = [], []
+    for index, rows in enumerate(parts):
+        units = UnitIndex.of(data.train.users, rows, unit)
+        size = max(1, units.count)
+        delta = config.privacy.delta or min(1e-5, 1 / (10 * size))
+        if config.privacy.mode == "dp" and delta >= 1 / size and units.count > 1:
+            problems.append(
+                f"privacy.delta = {delta} must be < 1/N = {1 / size:.3g} of client-{index:03d} "
+                f"with N = {size}; lower it, or set it to null"
+            )
+        plans.append(ClientPlan(f"client-{index:03d}", units, units.count, delta, 0.0))
+    if problems:
+        raise ConfigError(problems)
+    if config.privacy.mode != "dp":
+        return tuple(plans)
+    distinct = len({(plan.declared_size, plan.delta) for plan in plans})
+    say(f"calibrating the noise of {len(plans)} clients ({distinct} different sizes)")
+    return tuple(replace(plan, noise_multiplier=_sigma(config, plan)) for plan in plans)
+
+
+def _sigma(config: RunConfig, plan: ClientPlan) -> float:
+    rate = min(1.0, config.optimizer.expected_batch / max(1, plan.declared_size))
+    try:
+        return noise_multiplier(
+            config.privacy.epsilon,
+            plan.delta,
+            rate,
+            config.optimizer.steps * max_joins(config),
+            config.privacy.accountant,
+        )
+    except ValueError as error:
+        raise ConfigError([f"privacy.epsilon = {config.privacy.epsilon}: {error}"]) from error
+
+
+def _provenance(base: BaseModel, head: nn.Module, label_names: tuple[str, ...]) -> Provenance:
+    digest = hashlib.sha256(repr(label_names).encode())
+    for name, value in sorted(head.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return Provenance(base.base_sha256, base.tokenizer_sha256, digest.hexdigest(), SCHEMA)
+
+
+def _device(config: RunConfig) -> torch.device:
+    choice = config.kernels.device
+    if choice == "auto":
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(choice)

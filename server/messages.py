@@ -1,0 +1,91 @@
+"""Records of `fedlr.training.jobs` ↔ Flower messages, seen from the server.
+
+A content has two records: ``arrays`` (the wire form of the parts) and
+``header`` (flat values). The client app builds the same two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from fedlr.errors import BadUpdate
+from fedlr.methods.method import ClientUpdate
+from fedlr.training import jobs
+from fedlr.training.jobs import Abstention, Arrays, Header, Job, SiteStatus
+
+ARRAYS, HEADER = "arrays", "header"
+TRAIN, STATUS = "train", "query.status"
+
+T = TypeVar("T")
+
+
+def to_content(arrays: Arrays, header: Header) -> RecordDict:
+    """Return the content that carries a record; the arrays are copied into bytes."""
+    record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    return RecordDict({ARRAYS: record, HEADER: _config(header)})
+
+
+def status_query(node: int, ttl: float) -> Message:
+    """Return the question for a site's status.
+
+    Args:
+        node: Flower's id of the node.
+        ttl: Seconds after which the question is void.
+    """
+    return Message(RecordDict(), node, STATUS, ttl=ttl)
+
+
+def train_messages(job: Job, nonces: Mapping[int, str], ttl: float | None) -> list[Message]:
+    """Return one message per node with the same job under a nonce of its own.
+
+    Args:
+        job: Its own nonce is not used.
+        nonces: Nonce by Flower's node id.
+        ttl: Seconds after which the job is void; None is Flower's default (12 h).
+
+    Returns:
+        Messages in the order of ``nonces``. They share the encoded arrays.
+    """
+    arrays, header = jobs.encode_job(replace(job, nonce=""))
+    record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    return [
+        Message(
+            RecordDict({ARRAYS: record, HEADER: _config({**header, "nonce": nonce})}),
+            node,
+            TRAIN,
+            ttl=ttl,
+            group_id=str(job.round),
+        )
+        for node, nonce in nonces.items()
+    ]
+
+
+def read_outcome(message: Message) -> ClientUpdate | Abstention:
+    """Return what a site answered to a job; BadUpdate where it cannot be read."""
+    return _read(message, jobs.decode_outcome)
+
+
+def read_status(message: Message) -> SiteStatus:
+    """Return a site's announcement; BadUpdate where it cannot be read."""
+    return _read(message, lambda _, header: jobs.decode_status(header))
+
+
+def _read(message: Message, decode: Callable[[Arrays, Mapping[str, Any]], T]) -> T:
+    """Decode a reply of an untrusted site: whatever is wrong with it is a BadUpdate."""
+    try:
+        content = message.content
+        held = cast("Mapping[str, Array]", content[ARRAYS]) if ARRAYS in content else {}
+        header = cast("Mapping[str, Any]", content[HEADER])
+        return decode({name: array.numpy() for name, array in held.items()}, header)
+    except BadUpdate:
+        raise
+    except Exception as error:
+        raise BadUpdate("names", f"the message cannot be read: {error!r}") from error
+
+
+def _config(header: Header) -> ConfigRecord:
+    return ConfigRecord({**header})

@@ -1,0 +1,387 @@
+"""The ledger's contract, run for every store, and what only a file can suffer."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedlr.errors import LedgerCorrupt, LedgerError
+from fedlr.privacy import ledger as ledger_module
+from fedlr.privacy.events import Release
+from fedlr.privacy.ledger import JobKey, Ledger, MemoryLedger, SqliteLedger
+
+EVENT = Release(1.1, 0.05, 10, "example")
+KEY = JobKey("run", 0, "client", "nonce")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def key(number: int) -> JobKey:
+    return JobKey("run", number, "client", "nonce")
+
+
+class LedgerContract(ABC):
+    """Laws of every ledger; a subclass supplies `make`."""
+
+    @abstractmethod
+    def make(self, folder: Path) -> Ledger: ...
+
+    @pytest.fixture
+    def ledger(self, tmp_path: Path) -> Iterator[Ledger]:
+        ledger = self.make(tmp_path)
+        yield ledger
+        ledger.close()
+
+    def test_starts_empty(self, ledger: Ledger) -> None:
+        assert ledger.spent() == ()
+        assert ledger.joins() == 0
+
+    def test_an_open_reservation_counts_whole(self, ledger: Ledger) -> None:
+        ledger.reserve(KEY, EVENT)
+        assert ledger.spent() == (EVENT,)
+        assert ledger.joins() == 1
+
+    def test_a_commit_replaces_its_reservation(self, ledger: Ledger) -> None:
+        ledger.reserve(KEY, EVENT)
+        ledger.commit(KEY, replace(EVENT, steps=3))
+        assert ledger.spent() == (replace(EVENT, steps=3),)
+        assert ledger.joins() == 1
+
+    def test_a_commit_of_nothing_costs_nothing_but_is_a_join(self, ledger: Ledger) -> None:
+        ledger.reserve(KEY, EVENT)
+        ledger.commit(KEY, replace(EVENT, steps=0))
+        assert ledger.spent() == ()
+        assert ledger.joins() == 1
+
+    def test_equal_events_add_up_and_different_ones_stay_apart(self, ledger: Ledger) -> None:
+        other = replace(EVENT, noise_multiplier=2.0)
+        for number in range(3):
+            ledger.reserve(key(number), EVENT)
+        ledger.commit(key(1), replace(EVENT, steps=4))
+        ledger.reserve(key(3), other)
+        # 10 + 4 + 10 steps of one mechanism, 10 of the other.
+        assert ledger.spent() == (replace(EVENT, steps=24), other)
+        assert ledger.joins() == 4
+
+    def test_each_part_of_the_key_distinguishes(self, ledger: Ledger) -> None:
+        parts = ({"run": "x"}, {"round": 1}, {"client": "x"}, {"nonce": "x"})
+        keys = [KEY, *(replace(KEY, **part) for part in parts)]
+        for each in keys:
+            ledger.reserve(each, EVENT)
+        assert ledger.joins() == 5
+        assert ledger.spent() == (replace(EVENT, steps=50),)
+
+    @pytest.mark.parametrize("committed", [False, True])
+    def test_a_known_key_cannot_be_reserved(self, ledger: Ledger, committed: bool) -> None:
+        ledger.reserve(KEY, EVENT)
+        if committed:
+            ledger.commit(KEY, EVENT)
+        with pytest.raises(LedgerError, match="nonce"):
+            ledger.reserve(KEY, replace(EVENT, steps=1))
+        assert ledger.spent() == (EVENT,)
+        assert ledger.joins() == 1
+
+    def test_only_an_open_reservation_can_be_committed(self, ledger: Ledger) -> None:
+        with pytest.raises(LedgerError, match="no open reservation"):
+            ledger.commit(KEY, EVENT)
+        ledger.reserve(KEY, EVENT)
+        ledger.commit(KEY, EVENT)
+        with pytest.raises(LedgerError, match="no open reservation"):
+            ledger.commit(KEY, replace(EVENT, steps=0))
+        assert ledger.spent() == (EVENT,)
+
+    @pytest.mark.parametrize(
+        "actual",
+        [
+            replace(EVENT, steps=11),
+            replace(EVENT, noise_multiplier=1.0),
+            replace(EVENT, noise_multiplier=2.0),
+            replace(EVENT, sample_rate=0.04),
+            replace(EVENT, unit="user"),
+            replace(EVENT, noise_multiplier=2.0, steps=0),
+        ],
+    )
+    def test_a_commit_beyond_its_reservation_is_refused(
+        self, ledger: Ledger, actual: Release
+    ) -> None:
+        ledger.reserve(KEY, EVENT)
+        with pytest.raises(LedgerError, match="not covered"):
+            ledger.commit(KEY, actual)
+        assert ledger.spent() == (EVENT,)
+        ledger.commit(KEY, EVENT)
+
+    def test_a_closed_ledger_refuses(self, ledger: Ledger) -> None:
+        ledger.reserve(KEY, EVENT)
+        ledger.close()
+        ledger.close()
+        for call in (ledger.spent, ledger.joins, lambda: ledger.commit(KEY, EVENT)):
+            with pytest.raises(LedgerError, match="closed"):
+                call()
+
+    def test_threads_share_a_ledger(self, ledger: Ledger) -> None:
+        refused: list[LedgerError] = []
+
+        def work(name: str) -> None:
+            for number in range(4):
+                ledger.reserve(replace(key(number), client=name), EVENT)
+                ledger.commit(replace(key(number), client=name), replace(EVENT, steps=1))
+            try:
+                ledger.reserve(KEY, EVENT)
+            except LedgerError as error:
+                refused.append(error)
+
+        threads = [threading.Thread(target=work, args=(f"c{i}",)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        # 4 threads commit 4 single steps each; one of them wins the contested key.
+        assert len(refused) == 3
+        assert ledger.joins() == 17
+        assert ledger.spent() == (replace(EVENT, steps=16 + 10),)
+
+
+class TestMemoryLedger(LedgerContract):
+    def make(self, folder: Path) -> Ledger:
+        return MemoryLedger()
+
+
+class TestSqliteInMemory(LedgerContract):
+    def make(self, folder: Path) -> Ledger:
+        return SqliteLedger(":memory:")
+
+
+class TestSqliteOnDisk(LedgerContract):
+    def make(self, folder: Path) -> Ledger:
+        return SqliteLedger(folder / "ledger.sqlite")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("", 0, "c", "n"),
+        ("r", -1, "c", "n"),
+        ("r", 0, "", "n"),
+        ("r", 0, "c", ""),
+        ("r", 0, 1, "n"),
+    ],
+)
+def test_a_key_is_complete(parts: tuple[str, int, str, str]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        JobKey(*parts)
+
+
+def test_a_reopened_ledger_remembers_and_is_private(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    first = SqliteLedger(path, source_id="hospital-7")
+    first.reserve(key(0), EVENT)
+    first.reserve(key(1), EVENT)
+    first.commit(key(1), replace(EVENT, steps=2))
+    first.close()
+    again = SqliteLedger(path)
+    assert again.source_id == "hospital-7"
+    assert again.spent() == (replace(EVENT, steps=12),)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [entry.name for entry in tmp_path.iterdir()] == ["ledger.sqlite"]
+
+
+def test_a_ledger_belongs_to_one_source(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    SqliteLedger(path, source_id="a")
+    with pytest.raises(LedgerError, match="belongs to"):
+        SqliteLedger(path, source_id="b")
+    assert SqliteLedger(":memory:").source_id != SqliteLedger(":memory:").source_id
+
+
+def test_the_folder_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="does not exist"):
+        SqliteLedger(tmp_path / "missing" / "ledger.sqlite")
+
+
+def test_a_ledger_deleted_in_use_does_not_come_back_empty(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    ledger = SqliteLedger(path)
+    ledger.reserve(KEY, EVENT)
+    path.unlink()
+    with pytest.raises(LedgerError):
+        ledger.reserve(key(1), EVENT)
+    assert not path.exists()
+
+
+def test_damage_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    ledger = SqliteLedger(path)
+    for number in range(60):
+        ledger.reserve(key(number), EVENT)
+    whole = path.read_bytes()
+    foreign = tmp_path / "foreign.sqlite"
+    with sqlite3.connect(foreign) as database:
+        database.execute("CREATE TABLE other (x)")
+    database.close()
+    overwritten = whole[:4096] + b"\xa5" * 4096 + whole[8192:]
+    for content in (b"", b"not a ledger" * 400, whole[:-4096], overwritten, foreign.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(LedgerCorrupt):
+            SqliteLedger(path)
+    path.write_bytes(whole)
+    assert SqliteLedger(path).joins() == 60
+
+
+def test_unknown_events_in_the_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    ledger = SqliteLedger(path)
+    ledger.reserve(KEY, EVENT)
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE entries SET reserved = replace(reserved, 'gaussian', 'laplace')")
+    database.close()
+    for call in (ledger.spent, lambda: ledger.commit(KEY, EVENT)):
+        with pytest.raises(LedgerError, match="mechanism"):
+            call()
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    ledger = SqliteLedger(path)
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE meta SET value = '2' WHERE name = 'schema_version'")
+    database.close()
+    for call in (lambda: SqliteLedger(path), lambda: ledger.reserve(KEY, EVENT)):
+        with pytest.raises(LedgerError, match="upgrade"):
+            call()
+
+
+def test_an_older_schema_is_migrated_forward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.sqlite"
+    SqliteLedger(path, source_id="s").reserve(KEY, EVENT)
+    step = ("ALTER TABLE entries ADD COLUMN note TEXT NOT NULL DEFAULT ''",)
+    monkeypatch.setattr(ledger_module, "MIGRATIONS", (*ledger_module.MIGRATIONS, step))
+    for _ in range(2):
+        ledger = SqliteLedger(path, source_id="s")
+    ledger.reserve(key(1), EVENT)
+    assert ledger.spent() == (replace(EVENT, steps=20),)
+    with sqlite3.connect(path) as database:
+        version = database.execute("SELECT value FROM meta WHERE name = 'schema_version'")
+        assert version.fetchone() == ("2",)
+    database.close()
+
+
+def test_a_failed_migration_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.sqlite"
+    SqliteLedger(path).reserve(KEY, EVENT)
+    step = ("ALTER TABLE entries ADD COLUMN note TEXT", "ALTER TABLE missing ADD COLUMN note TEXT")
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger_module, "MIGRATIONS", (*ledger_module.MIGRATIONS, step))
+        with pytest.raises(LedgerError):
+            SqliteLedger(path)
+    assert SqliteLedger(path).spent() == (EVENT,)
+
+
+def spawn(body: str, path: Path) -> subprocess.Popen[str]:
+    """Start a child process that has a ledger on ``path`` open."""
+    prelude = f"""
+        import os, signal, sys
+        from pathlib import Path
+        from fedlr.errors import LedgerError
+        from fedlr.privacy.events import Release
+        from fedlr.privacy.ledger import JobKey, SqliteLedger
+        event = Release(1.1, 0.05, 10, "example")
+        ledger = SqliteLedger(Path({str(path)!r}))
+    """
+    code = textwrap.dedent(prelude) + textwrap.dedent(body)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def test_killed_between_reserve_and_commit_the_reservation_counts_whole(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    child = spawn(
+        """
+        ledger.reserve(JobKey("run", 0, "client", "nonce"), event)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+        path,
+    )
+    child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGKILL
+    ledger = SqliteLedger(path)
+    assert ledger.spent() == (EVENT,)
+    with pytest.raises(LedgerError, match="nonce"):
+        ledger.reserve(KEY, EVENT)
+
+
+def test_killed_at_any_time_no_acknowledged_entry_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    child = spawn(
+        """
+        for number in range(10**6):
+            ledger.reserve(JobKey("run", number, "client", "nonce"), event)
+            print(number, flush=True)
+        """,
+        path,
+    )
+    if child.stdout is None:
+        raise RuntimeError("the child has no output pipe")
+    child.stdout.readline()
+    time.sleep(0.3)
+    child.send_signal(signal.SIGKILL)
+    acknowledged = 1 + sum(line.endswith("\n") for line in child.stdout)
+    child.wait(timeout=60)
+    child.stdout.close()
+    joins = SqliteLedger(path).joins()
+    # The last reservation may be on disk without its acknowledgement, never the reverse.
+    assert acknowledged <= joins <= acknowledged + 1
+
+
+def test_two_processes_share_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    body = """
+        won = 0
+        for number in range(25):
+            try:
+                ledger.reserve(JobKey("run", number, "contested", "nonce"), event)
+                won += 1
+            except LedgerError:
+                pass
+            ledger.reserve(JobKey("run", number, str(os.getpid()), "nonce"), event)
+        print(won)
+    """
+    children = [spawn(body, path) for _ in range(2)]
+    won = [int(child.communicate(timeout=60)[0]) for child in children]
+    # Each contested key has exactly one winner; the 2·25 others never collide.
+    assert sum(won) == 25
+    assert SqliteLedger(path).joins() == 75
+
+
+def test_a_hundred_ledgers_hold_no_handles_and_are_quick(tmp_path: Path) -> None:
+    handles = Path("/proc/self/fd")
+    if not handles.exists():
+        pytest.skip("the platform does not list open handles")
+    gc.collect()
+    before = len(list(handles.iterdir()))
+    ledgers = [SqliteLedger(tmp_path / f"{number}.sqlite") for number in range(100)]
+    times = []
+    for ledger in ledgers:
+        start = time.perf_counter()
+        ledger.reserve(KEY, EVENT)
+        ledger.commit(KEY, EVENT)
+        times.append(time.perf_counter() - start)
+    assert len(list(handles.iterdir())) <= before
+    # The median, so that one slow disk flush does not decide; each pair makes about ten.
+    assert sorted(times)[50] < 0.1
