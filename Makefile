@@ -33,7 +33,7 @@ test: $(STAMP) ## Run the tests that take seconds
 	$(BIN)/python -m pytest
 
 test-all: $(STAMP) ## Run every test, the long statistical ones too
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m "not bench"
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .

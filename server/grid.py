@@ -124,13 +124,22 @@ class InProcessGrid(Grid):
         return self._answer_all(_with_ids(messages))
 
     def _answer_all(self, messages: list[Message]) -> Iterator[Message]:
-        alone = messages
-        if self._batch_handler is not None:
-            batch = [m for m in messages if _is_train(m) and m.metadata.dst_node_id in self._contexts]
-            alone = [message for message in messages if message not in batch]
-            yield from self._answer_batch(self._batch_handler, batch)
-        for message in alone:
+        handler = self._batch_handler
+        if handler is not None:
+            batch = [message for message in messages if self._is_training(message)]
+            messages = [message for message in messages if not self._is_training(message)]
+            if batch:
+                yield from self._answer_batch(handler, batch)
+        for message in messages:
             yield self._answer(message)
+
+    def _is_training(self, message: Message) -> bool:
+        """Return whether ``message`` asks a node of this grid to train."""
+        metadata = message.metadata
+        return (
+            metadata.message_type.partition(".")[0] == "train"
+            and metadata.dst_node_id in self._contexts
+        )
 
     def _answer(self, message: Message) -> Message:
         """Call the ClientApp of one node."""
@@ -164,10 +173,6 @@ def identify_process() -> None:
     for name in ("_task_id", "_run_id", "_node_id"):
         if getattr(TaskIdentity, name) is None:
             setattr(TaskIdentity, name, 1)
-
-
-def _is_train(message: Message) -> bool:
-    return message.metadata.message_type.partition(".")[0] == "train"
 
 
 def _with_ids(messages: Iterable[Message]) -> list[Message]:

@@ -181,8 +181,8 @@ def _csv(path: Path, spec: SourceSpec) -> Iterator[tuple[int, Mapping[str, objec
 
 def _parquet(path: Path, spec: SourceSpec) -> Iterator[tuple[int, Mapping[str, object]]]:
     """Yield the rows of a Parquet file, reading the needed columns only."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,10 +135,7 @@ def _check_digest(source: str, expected: str | None) -> None:
 def _load_encoder(source: str, revision: str | None, random_seed: int | None) -> nn.Module:
     from transformers import AutoConfig, AutoModel
 
-    quiet = logging.getLogger("transformers")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)  # it warns of unused pooler and language-model weights
-    try:
+    with _quiet_transformers():
         if random_seed is None:
             loaded: nn.Module = AutoModel.from_pretrained(
                 source,
@@ -153,8 +151,23 @@ def _load_encoder(source: str, revision: str | None, random_seed: int | None) ->
             factory: Any = AutoModel
             drawn: nn.Module = factory.from_config(settings, trust_remote_code=False)
         return drawn
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence its progress bars and its notes on unused pooler and language-model weights."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
-        quiet.setLevel(level)
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,0 +1,177 @@
+"""The ClientApp: decode → site → encode. It holds nothing and decides nothing.
+
+Whatever goes wrong at a site leaves it as a code from a fixed list. Flower
+would send the text of an exception to the server, and such a text can quote a
+private row; so no exception may leave a handler.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, cast
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedlr.errors import BadUpdate
+from fedlr.methods.method import ClientUpdate
+from fedlr.training import jobs
+from fedlr.training.jobs import Abstention, Arrays, Header, Job, SiteStatus
+
+ARRAYS, HEADER = "arrays", "header"
+
+_log = logging.getLogger("fedlr.client")
+
+
+class SiteLike(Protocol):
+    """What the app needs of a site; `client.site.Site` is the real one."""
+
+    def status(self) -> SiteStatus:
+        """Announce the site; every field is public."""
+        ...
+
+    def train_many(self, jobs: Sequence[Job]) -> list[ClientUpdate | Abstention]:
+        """Answer each job, in order, with an update or a code."""
+        ...
+
+
+S = TypeVar("S", bound=SiteLike)
+
+TrainCohort = Callable[[Sequence[tuple[S, Job]]], Sequence[ClientUpdate | Abstention]]
+"""(site, job) pairs of a cohort → one outcome each, in their order."""
+
+
+def make_client_app(site_of: Callable[[Context], SiteLike]) -> ClientApp:
+    """Return the ClientApp with the handlers ``query.status`` and ``train``.
+
+    Args:
+        site_of: Context of a node → its site. A simulation looks up
+            ``context.node_config["partition-id"]``, a real node reaches its agent.
+    """
+    app = ClientApp()
+
+    @app.query("status")
+    def status(message: Message, context: Context) -> Message:
+        try:
+            header = jobs.encode_status(site_of(context).status())
+        except Exception:
+            _log.exception("node %d: no status", context.node_id)
+            header = {"code": "failed"}
+        return Message(_content({}, header), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        try:
+            site = site_of(context)
+        except Exception:
+            _log.exception("node %d: no site", context.node_id)
+            return _reply(message, Abstention("", "failed"))
+        return _answer([(site, message)], one_by_one)[0]
+
+    return app
+
+
+def make_batch_handler(
+    sites: Mapping[int, S], train_cohort: TrainCohort[S] | None = None
+) -> Callable[[list[Message]], list[Message]]:
+    """Return a handler that trains a whole cohort in one call.
+
+    Args:
+        sites: Site by Flower's node id.
+        train_cohort: Trains many sites together, e.g. on one resident base
+            model; None is `one_by_one`. Where it raises, its whole cohort
+            abstains: nothing is tried twice, since a site may have paid already.
+
+    Returns:
+        Train messages → their replies, in the same order. Equal, message by
+        message, to the app of `make_client_app` where ``train_cohort`` is
+        `one_by_one`.
+    """
+
+    def handle(messages: list[Message]) -> list[Message]:
+        known = [m for m in messages if m.metadata.dst_node_id in sites]
+        orders = [(sites[message.metadata.dst_node_id], message) for message in known]
+        answers = iter(_answer(orders, train_cohort or one_by_one))
+        return [
+            next(answers)
+            if message.metadata.dst_node_id in sites
+            else _reply(message, Abstention("", "failed"))
+            for message in messages
+        ]
+
+    return handle
+
+
+def one_by_one(orders: Sequence[tuple[S, Job]]) -> list[ClientUpdate | Abstention]:
+    """Train each site alone; a site that raises abstains, the others go on.
+
+    Args:
+        orders: (site, job) pairs.
+
+    Returns:
+        One outcome per pair, in order.
+    """
+    outcomes: list[ClientUpdate | Abstention] = []
+    for site, job in orders:
+        try:
+            (outcome,) = site.train_many([job])
+        except Exception:
+            _log.exception("a job failed")
+            outcome = Abstention(_name(site), "failed")
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _answer(orders: Sequence[tuple[S, Message]], train: TrainCohort[S]) -> list[Message]:
+    """Decode, train together what can be decoded, encode."""
+    outcomes: dict[int, ClientUpdate | Abstention] = {}
+    readable: dict[int, tuple[S, Job]] = {}
+    for index, (site, message) in enumerate(orders):
+        try:
+            readable[index] = (site, _job(message))
+        except Exception:
+            _log.exception("a job is malformed")
+            outcomes[index] = Abstention(_name(site), "bad_job")
+    try:
+        trained = train(list(readable.values())) if readable else []
+        outcomes |= dict(zip(readable, trained, strict=True))
+    except Exception:
+        _log.exception("a cohort failed")
+        outcomes |= {i: Abstention(_name(site), "failed") for i, (site, _) in readable.items()}
+    return [_reply(message, outcomes[index]) for index, (_, message) in enumerate(orders)]
+
+
+def _job(message: Message) -> Job:
+    """Return the job in a message; BadUpdate or another exception where it is malformed."""
+    arrays = cast("Mapping[str, Array]", message.content[ARRAYS])
+    header = cast("Mapping[str, Any]", message.content[HEADER])
+    return jobs.decode_job({name: array.numpy() for name, array in arrays.items()}, header)
+
+
+def _reply(message: Message, outcome: ClientUpdate | Abstention) -> Message:
+    """Return the reply that carries ``outcome``, or a code where it cannot be encoded."""
+    try:
+        content = _content(*jobs.encode_outcome(outcome))
+    except Exception:
+        _log.exception("%s: the update cannot be encoded", outcome.client)
+        content = _content(*jobs.encode_outcome(Abstention(outcome.client, "failed")))
+    return Message(content, reply_to=message)
+
+
+def _content(arrays: Arrays, header: Header) -> RecordDict:
+    record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    return RecordDict({ARRAYS: record, HEADER: ConfigRecord({**header})})
+
+
+def _name(site: SiteLike) -> str:
+    """Return the site's public name, empty where it cannot say."""
+    try:
+        return site.status().client
+    except Exception:
+        _log.exception("a site has no status")
+        return ""

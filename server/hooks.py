@@ -1,0 +1,66 @@
+"""What a run tells the outside: evaluation, log, display, journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fedlr.methods.method import Parts
+from fedlr.report.live import Progress, SilentProgress
+from fedlr.report.records import RoundLog
+from server.outcome import Checkpoint
+
+Evaluate = Callable[[Parts], tuple[float, float]]
+"""Parts → (accuracy in [0, 1], mean loss) on public data."""
+
+
+class Journal(Protocol):
+    """Durable memory of a run; what makes a resumed run pay for nothing twice."""
+
+    def sending(self, round: int, phase: int, nonces: Mapping[str, str]) -> Mapping[str, str]:
+        """Store the nonces of a phase durably before its jobs are sent.
+
+        Args:
+            round: Zero-based round.
+            phase: Index of the phase in the round.
+            nonces: Fresh nonce by client.
+
+        Returns:
+            The nonce to use by client: the stored one where an interrupted run
+            has already sent this phase, so that a site answers with the update
+            it has paid for; ``nonces`` otherwise.
+        """
+        ...
+
+    def finished(self, checkpoint: Checkpoint) -> None:
+        """Store where the run stands after a completed round."""
+        ...
+
+
+class NoJournal:
+    """Remembers nothing: for tests and runs that are repeated rather than resumed."""
+
+    def sending(self, round: int, phase: int, nonces: Mapping[str, str]) -> Mapping[str, str]:
+        """Return ``nonces``."""
+        return nonces
+
+    def finished(self, checkpoint: Checkpoint) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Everything a run calls; none of it changes the model.
+
+    Attributes:
+        evaluate: Measures parts on public data; None evaluates nothing.
+        log: Gets one record per round; None writes none.
+        progress: The display.
+        journal: Durable memory.
+    """
+
+    evaluate: Evaluate | None = None
+    log: RoundLog | None = None
+    progress: Progress = field(default_factory=SilentProgress)
+    journal: Journal = field(default_factory=NoJournal)

@@ -1,0 +1,151 @@
+"""Who takes part in a run: every node is asked for its status before round 0."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flwr.serverapp import Grid
+
+from fedlr.errors import BadUpdate, RunError
+from fedlr.training.jobs import Provenance, SiteStatus
+from server.messages import read_status, status_query
+from server.outcome import StrategyConfig
+
+POLL_S = 1.0
+"""Seconds between two looks at which nodes are connected."""
+
+_log = logging.getLogger("fedlr.server")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client of the run.
+
+    Attributes:
+        index: Rank of its name among the admitted ones; cohorts draw indices.
+        node: Flower's id of its node.
+        status: What it announced.
+    """
+
+    index: int
+    node: int
+    status: SiteStatus
+
+    @property
+    def client(self) -> str:
+        """Its public identifier."""
+        return self.status.client
+
+
+@dataclass(frozen=True)
+class Membership:
+    """The admitted clients, in client order, and why others are not among them."""
+
+    members: tuple[Member, ...]
+    notices: tuple[str, ...]
+
+
+def gather(grid: Grid, config: StrategyConfig, provenance: Provenance) -> Membership:
+    """Ask every node for its status until ``config.clients`` have answered.
+
+    Nodes register one after the other, so the list is read again until the
+    deadline of ``config.start_timeout_s``.
+
+    Returns:
+        Clients in the order of their names, so that the order of the nodes has
+        no influence. Left out, with a notice each: another provenance, a name
+        that two nodes claim, and names beyond ``config.clients``.
+
+    Raises:
+        RunError: Too few answers in time, or fewer than ``config.min_clients``
+            admitted.
+    """
+    statuses = _ask(grid, config)
+    if len(statuses) < config.clients:
+        raise RunError(
+            f"{len(statuses)} of {config.clients} clients answered within "
+            f"{config.start_timeout_s:g} s ({_names(statuses)}); start the missing ones, lower "
+            "federation.clients, or wait longer"
+        )
+    membership = _admit(statuses, config, provenance)
+    for notice in membership.notices:
+        _log.warning("%s", notice)
+    if len(membership.members) < config.min_clients:
+        raise RunError(
+            f"{len(membership.members)} clients were admitted, at least {config.min_clients} are "
+            f"needed: {' '.join(membership.notices)}"
+        )
+    return membership
+
+
+def _ask(grid: Grid, config: StrategyConfig) -> dict[int, SiteStatus]:
+    """Return the valid statuses by node id."""
+    deadline = time.monotonic() + config.start_timeout_s
+    statuses: dict[int, SiteStatus] = {}
+    while True:
+        left = deadline - time.monotonic()
+        silent = [node for node in grid.get_node_ids() if node not in statuses]
+        if silent and left > 0:
+            statuses |= _answers(grid, silent, left)
+        left = deadline - time.monotonic()
+        if len(statuses) >= config.clients or left <= 0:
+            return statuses
+        time.sleep(min(POLL_S, left))
+
+
+def _answers(grid: Grid, nodes: list[int], timeout: float) -> dict[int, SiteStatus]:
+    queries = [status_query(node, timeout) for node in nodes]
+    replies = grid.send_and_receive(queries, timeout=timeout)
+    asked: dict[str, int] | None = None
+    statuses: dict[int, SiteStatus] = {}
+    for reply in replies:
+        # The grid names the queries on sending, at the latest before the first reply.
+        asked = asked or {
+            query.metadata.message_id: query.metadata.dst_node_id for query in queries
+        }
+        node = asked.get(reply.metadata.reply_to_message_id)
+        if node is None or reply.has_error():
+            continue
+        try:
+            statuses[node] = read_status(reply)
+        except BadUpdate as error:
+            _log.warning("node %d: no valid status: %s", node, error)
+    return statuses
+
+
+def _admit(
+    statuses: Mapping[int, SiteStatus], config: StrategyConfig, provenance: Provenance
+) -> Membership:
+    notices = []
+    claims = Counter(status.client for status in statuses.values())
+    admitted: dict[str, tuple[int, SiteStatus]] = {}
+    for node, status in sorted(statuses.items(), key=lambda item: (item[1].client, item[0])):
+        if claims[status.client] > 1:
+            notices.append(
+                f"Node {node} is left out: {claims[status.client]} nodes call themselves "
+                f"{status.client!r}."
+            )
+        elif status.provenance != provenance:
+            differing = ", ".join(_differing(status.provenance, provenance))
+            notices.append(f"Client {status.client!r} is left out: it holds another {differing}.")
+        elif len(admitted) == config.clients:
+            notices.append(
+                f"Client {status.client!r} is left out: {config.clients} clients are configured."
+            )
+        else:
+            admitted[status.client] = (node, status)
+    members = [Member(i, node, status) for i, (node, status) in enumerate(admitted.values())]
+    return Membership(tuple(members), tuple(notices))
+
+
+def _differing(found: Provenance, expected: Provenance) -> list[str]:
+    names = ("base", "tokenizer", "labels", "codec")
+    return [name for name in names if getattr(found, name) != getattr(expected, name)]
+
+
+def _names(statuses: Mapping[int, SiteStatus]) -> str:
+    return ", ".join(sorted(status.client for status in statuses.values())) or "none"

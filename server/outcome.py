@@ -1,0 +1,132 @@
+"""Settings, checkpoint and result of a run: frozen values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fedlr import checks
+from fedlr.methods.method import GlobalState, Parts
+from fedlr.report.records import RoundRecord
+from fedlr.training.jobs import SiteStatus
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    """The public settings of a federation.
+
+    Attributes:
+        run: Identifier of the run; jobs carry it and ledgers are keyed by it.
+        seed: Public seed; decides the cohorts here.
+        rounds: Total number of rounds, those before a resume included, ≥ 1.
+        clients: Clients that must answer before the first round, ≥ 1.
+        clients_per_round: Cohort size, in [1, ``clients``]; all, where fewer
+            clients than that are admitted.
+        min_clients: Fewer accepted updates than this end the run, in
+            [1, ``clients_per_round``].
+        evaluate_every: Rounds between two evaluations, ≥ 1; start and end are
+            always evaluated.
+        average_rounds: The result is the mean of this many last states, ≥ 1.
+        weights: ``uniform``, or ``declared``: by the size each site declares.
+        update_norm_bound: Largest Frobenius norm of the change of one array,
+            > 0; None sets no bound.
+        round_timeout_s: Seconds to wait for a phase's replies, > 0; None waits
+            without end. A real network needs one.
+        start_timeout_s: Seconds to wait for ``clients`` answers before the
+            first round, > 0.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    run: str
+    seed: int
+    rounds: int
+    clients: int
+    clients_per_round: int
+    min_clients: int = 1
+    evaluate_every: int = 1
+    average_rounds: int = 1
+    weights: Literal["uniform", "declared"] = "uniform"
+    update_norm_bound: float | None = None
+    round_timeout_s: float | None = None
+    start_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "clients", "clients_per_round", "min_clients"):
+            checks.at_least(name, getattr(self, name), 1)
+        for name in ("evaluate_every", "average_rounds"):
+            checks.at_least(name, getattr(self, name), 1)
+        checks.in_range("clients_per_round", self.clients_per_round, 1, self.clients)
+        checks.in_range("min_clients", self.min_clients, 1, self.clients_per_round)
+        checks.one_of("weights", self.weights, ("uniform", "declared"))
+        checks.positive("start_timeout_s", self.start_timeout_s)
+        for name in ("update_norm_bound", "round_timeout_s"):
+            if getattr(self, name) is not None:
+                checks.positive(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run stands between two rounds; continuing from it repeats nothing.
+
+    Attributes:
+        state: The server's model, at the start of a round.
+        recent: The last ``average_rounds`` states, the newest last; empty
+            before the first round.
+        records: One record per round, an abandoned last one included.
+        joins: Rounds in which a client's update was aggregated, by client.
+        steps: Local steps over those rounds, by client.
+        epsilon: Latest ε that each client reported; empty where privacy is off.
+        accuracy_start: Accuracy before round 0; None if not evaluated.
+
+    Raises:
+        ValueError: ``state`` is inside a round.
+    """
+
+    state: GlobalState
+    recent: tuple[GlobalState, ...] = ()
+    records: tuple[RoundRecord, ...] = ()
+    joins: Mapping[str, int] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
+    epsilon: Mapping[str, float] = field(default_factory=dict)
+    accuracy_start: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.state.phase != 0:
+            raise ValueError(f"state.phase = {self.state.phase} must be 0; keep whole rounds")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves behind.
+
+    Attributes:
+        state: The state after the last completed round.
+        parts: The result: ``state.parts``, or the mean of the last states.
+        records: One record per round, an abandoned last one included.
+        accuracy_start: Accuracy before round 0, [0, 1]; None if not evaluated.
+        accuracy: Accuracy of ``parts``; None without an evaluation.
+        loss: Mean loss of ``parts``; None without an evaluation.
+        stopped_reason: Why the run ended before its last round; None if it did not.
+        joins: Rounds in which a client's update was aggregated; every admitted
+            client has an entry.
+        steps: Local steps over those rounds, likewise.
+        epsilon: Latest ε of each client that reported one.
+        statuses: What each admitted client announced, in client order.
+        notices: Sentences a reader of the numbers must know.
+    """
+
+    state: GlobalState
+    parts: Parts
+    records: tuple[RoundRecord, ...]
+    accuracy_start: float | None
+    accuracy: float | None
+    loss: float | None
+    stopped_reason: str | None
+    joins: Mapping[str, int]
+    steps: Mapping[str, int]
+    epsilon: Mapping[str, float]
+    statuses: Mapping[str, SiteStatus]
+    notices: tuple[str, ...] = ()

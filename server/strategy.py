@@ -1,0 +1,315 @@
+"""The round loop: select → plan → send → check → aggregate → evaluate → journal."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedlr.adapters import codec
+from fedlr.errors import RunError
+from fedlr.methods import shared
+from fedlr.methods.averaging import average, can_average
+from fedlr.methods.method import ClientUpdate, GlobalState, Method, Parts, Phase
+from fedlr.report.records import RoundRecord
+from fedlr.training.jobs import Job, Provenance
+from server.cohort import cohort
+from server.hooks import Hooks
+from server.membership import Member, Membership, gather
+from server.messages import train_messages
+from server.outcome import Checkpoint, Outcome, StrategyConfig
+from server.round import OpenRound
+
+Measured = tuple[float | None, float | None]
+"""(accuracy, loss) of a model; None where nothing is evaluated."""
+
+_log = logging.getLogger("fedlr.server")
+
+
+class FederatedStrategy(Strategy):
+    """A federated low-rank method as a Flower strategy; `run` is its whole life.
+
+    The state is held here, between the calls: `configure_train` opens a round or
+    its next phase, `aggregate_train` closes it. Flower's own ``start`` may drive
+    them too; one of its "rounds" is then one phase. An instance is used for one run.
+
+    Guarantees:
+        Bit-reproducible: the result depends on seed, state and updates, not on
+        the order of nodes or replies. No single site can stop a round: what it
+        sends is checked alone, and refused with a code. Sites of another
+        provenance never take part.
+
+    Args:
+        config: The public settings.
+        method: The federated method.
+        start: A state before its first round, or where an interrupted run stood.
+        provenance: Digests that jobs carry and sites must share.
+        hooks: Evaluation, log, display, journal; None has none of them.
+
+    Raises:
+        RunError: ``config.average_rounds`` > 1 for a state that cannot be averaged.
+    """
+
+    def __init__(
+        self,
+        config: StrategyConfig,
+        method: Method,
+        start: GlobalState | Checkpoint,
+        provenance: Provenance,
+        hooks: Hooks | None = None,
+    ) -> None:
+        self.config = config
+        self.method = method
+        self.provenance = provenance
+        self._hooks = hooks or Hooks()
+        self._at = start if isinstance(start, Checkpoint) else Checkpoint(start)
+        if config.average_rounds > 1 and not can_average(self._at.state):
+            raise RunError(
+                f"average_rounds = {config.average_rounds}, but the parts of {method.name} cannot "
+                "be averaged; set it to 1"
+            )
+        self._membership: Membership | None = None
+        self._open: OpenRound | None = None
+        self._stopped: str | None = None
+        self._measured: tuple[GlobalState, Measured] | None = None
+
+    def run(self, grid: Grid) -> Outcome:
+        """Run until the last round, or until too few clients are left.
+
+        Args:
+            grid: Connects to the clients.
+
+        Returns:
+            The result; a run that stopped early says why.
+
+        Raises:
+            RunError: The federation cannot start (see `server.membership.gather`),
+                or a round cannot be recorded.
+        """
+        try:
+            while messages := self.configure_train(0, ArrayRecord(), ConfigRecord(), grid):
+                replies = grid.send_and_receive(messages, timeout=self.config.round_timeout_s)
+                self.aggregate_train(0, replies)
+            return self._outcome(self._connected(grid))
+        finally:
+            self._hooks.progress.finish()
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Where the run stands after the last closed round."""
+        return self._at
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Return the jobs of the next phase; none once the run has ended.
+
+        Args:
+            server_round: Ignored: the state knows its round.
+            arrays: Ignored, likewise.
+            config: Ignored: jobs carry all that a site needs.
+            grid: Asked for the clients before the first round.
+        """
+        membership = self._connected(grid)
+        if self._open is None:
+            if self._stopped is not None or self._at.state.round >= self.config.rounds:
+                return []
+            self._open = self._select(membership.members)
+        return self._send(self._open)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check and aggregate the replies of a phase; close the round after its last one.
+
+        Args:
+            server_round: Ignored: the state knows its round.
+            replies: The sites' answers, read one after the other.
+
+        Returns:
+            The parts of the new state and the number of accepted updates;
+            (None, None) where the phase did not change the model.
+        """
+        opened = self._open
+        if opened is None:
+            return None, None
+        phase = self._phase(opened.state)
+        updates = opened.receive(
+            replies, phase, self.config.update_norm_bound, self._hooks.progress.client_finished
+        )
+        weights = self._weights(opened.standing)
+        if len(updates) < self.config.min_clients or not any(weights):
+            self._abandon(opened)
+            return None, None
+        before = time.monotonic()
+        opened.state = self.method.aggregate(opened.state, updates, weights)
+        opened.server_s += time.monotonic() - before
+        if opened.state.phase == 0:
+            self._complete(opened, updates)
+        arrays = codec.encode(opened.state.parts)
+        return (
+            ArrayRecord({name: Array(array) for name, array in arrays.items()}),
+            MetricRecord({"accepted": len(updates)}),
+        )
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Return nothing: a measurement on private data would be a release of its own."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> None:
+        """Return nothing: no site is asked to evaluate."""
+
+    def summary(self) -> None:
+        """Log the settings."""
+        _log.info("%s: %s", self.method.name, self.config)
+
+    def _connected(self, grid: Grid) -> Membership:
+        """Return the clients; the first call finds them and measures the start."""
+        if self._membership is None:
+            self._membership = gather(grid, self.config, self.provenance)
+            count = len(self._membership.members)
+            self._hooks.progress.start(self.config.rounds, f"{self.method.name}, {count} clients")
+            if self._at.state.round == 0:
+                accuracy, _ = self._measure(self._at.state)
+                self._at = replace(self._at, accuracy_start=accuracy)
+        return self._membership
+
+    def _select(self, members: tuple[Member, ...]) -> OpenRound:
+        """Draw the cohort of the next round."""
+        state, count = self._at.state, len(members)
+        per_round = min(self.config.clients_per_round, count)
+        drawn = tuple(
+            members[index] for index in cohort(self.config.seed, state.round, count, per_round)
+        )
+        opened = OpenRound(state=state, cohort=drawn, standing=drawn)
+        self._hooks.progress.round_started(opened.number, [member.client for member in drawn])
+        return opened
+
+    def _send(self, opened: OpenRound) -> list[Message]:
+        """Build the jobs of the current phase, their nonces journaled first."""
+        state, phase = opened.state, self._phase(opened.state)
+        nonces = self._hooks.journal.sending(
+            state.round,
+            state.phase,
+            {member.client: secrets.token_hex(16) for member in opened.standing},
+        )
+        job = Job(
+            run=self.config.run,
+            round=state.round,
+            phase=state.phase,
+            nonce="",
+            train=phase.train,
+            send=phase.send,
+            parts=self.method.broadcast(state),
+            provenance=self.provenance,
+        )
+        by_node = {member.node: nonces[member.client] for member in opened.standing}
+        messages = train_messages(job, by_node, self.config.round_timeout_s)
+        opened.asked = list(zip(messages, opened.standing, strict=True))
+        opened.bytes_down += len(messages) * codec.size_in_bytes(job.parts)
+        return messages
+
+    def _phase(self, state: GlobalState) -> Phase:
+        return shared.current_phase(self.method.plan(state), state)
+
+    def _weights(self, members: tuple[Member, ...]) -> list[float]:
+        if self.config.weights == "uniform":
+            return [1.0] * len(members)
+        return [float(member.status.declared_size) for member in members]
+
+    def _complete(self, opened: OpenRound, updates: list[ClientUpdate]) -> None:
+        """Close a round that changed the model."""
+        state, at = opened.state, self._at
+        due = state.round % self.config.evaluate_every == 0 or state.round == self.config.rounds
+        accuracy, loss = self._measure(state) if due else (None, None)
+        joins, steps = dict(at.joins), dict(at.steps)
+        for client, count in opened.steps.items():
+            joins[client] = joins.get(client, 0) + 1
+            steps[client] = steps.get(client, 0) + count
+        self._at = replace(
+            at,
+            state=state,
+            recent=(*at.recent, state)[-self.config.average_rounds :],
+            joins=joins,
+            steps=steps,
+            epsilon={**at.epsilon, **opened.epsilon},
+        )
+        self._record(opened, state.round, len(updates), (accuracy, loss))
+        self._hooks.journal.finished(self._at)
+
+    def _abandon(self, opened: OpenRound) -> None:
+        """Close a round that too few clients joined: the model stays, the run ends."""
+        number, accepted = self._at.state.round + 1, len(opened.standing)
+        self._stopped = (
+            f"round {number}: {accepted} of {len(opened.cohort)} clients sent an update that was "
+            f"accepted, at least {self.config.min_clients} with a positive weight are needed "
+            f"(refused: {opened.refusal_counts()})"
+        )
+        opened.abandon()
+        self._at = replace(self._at, epsilon={**self._at.epsilon, **opened.epsilon})
+        self._record(opened, number, 0, (None, None))
+
+    def _record(self, opened: OpenRound, number: int, accepted: int, measured: Measured) -> None:
+        """Log and show a closed round."""
+        epsilon = dict(self._at.epsilon)
+        record = RoundRecord(
+            round=number,
+            cohort=tuple(member.client for member in opened.cohort),
+            accepted=accepted,
+            bytes_down=opened.bytes_down,
+            bytes_up=opened.bytes_up,
+            wall_s=time.monotonic() - opened.began,
+            server_s=opened.server_s,
+            steps=sum(opened.steps.values()),
+            refused=tuple(opened.refused),
+            accuracy=measured[0],
+            loss=measured[1],
+            epsilon_max=max(epsilon.values(), default=None),
+            epsilon_by_client=epsilon,
+        )
+        self._open = None
+        self._at = replace(self._at, records=(*self._at.records, record))
+        if self._hooks.log is not None:
+            self._hooks.log.append(record)
+        self._hooks.progress.round_finished(record)
+
+    def _measure(self, state: GlobalState) -> Measured:
+        """Evaluate a state, once."""
+        if self._measured is None or self._measured[0] is not state:
+            self._measured = (state, self._evaluate(state.parts))
+        return self._measured[1]
+
+    def _evaluate(self, parts: Parts) -> Measured:
+        return (None, None) if self._hooks.evaluate is None else self._hooks.evaluate(parts)
+
+    def _outcome(self, membership: Membership) -> Outcome:
+        at = self._at
+        if len(at.recent) > 1:
+            parts = average(at.recent)
+            accuracy, loss = self._evaluate(parts)
+        else:
+            parts = at.state.parts
+            accuracy, loss = self._measure(at.state)
+        clients = [member.client for member in membership.members]
+        return Outcome(
+            state=at.state,
+            parts=parts,
+            records=at.records,
+            accuracy_start=at.accuracy_start,
+            accuracy=accuracy,
+            loss=loss,
+            stopped_reason=self._stopped,
+            joins=dict.fromkeys(clients, 0) | dict(at.joins),
+            steps=dict.fromkeys(clients, 0) | dict(at.steps),
+            epsilon=at.epsilon,
+            statuses={member.client: member.status for member in membership.members},
+            notices=membership.notices,
+        )
