@@ -18,7 +18,6 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlr.errors import BadUpdate
 from fedlr.methods.method import ClientUpdate
 from fedlr.training import jobs
 from fedlr.training.jobs import Abstention, Arrays, Header, Job, SiteStatus

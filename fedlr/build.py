@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from fedlr.adapters.codec import SCHEMA
+from fedlr.adapters.export import save_adapter
 from fedlr.adapters.inject import inject
 from fedlr.adapters.surgery import AdaptedModel
 from fedlr.config import HeadConfig, RunConfig
@@ -25,7 +27,7 @@ from fedlr.data.sources import SourceSpec, load
 from fedlr.data.stdlib import LABEL_TEXTS
 from fedlr.errors import ConfigError
 from fedlr.lowrank.subspace import SUBSPACES
-from fedlr.methods.method import Layout, Method
+from fedlr.methods.method import Layout, Method, Parts
 from fedlr.methods.registry import METHODS
 from fedlr.methods.registry import build as build_method
 from fedlr.privacy.calibration import noise_multiplier
@@ -150,6 +152,11 @@ def build(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Wor
         majority=float(np.bincount(data.validation.labels).max() / len(data.validation)),
         notices=data.notices,
     )
+
+
+def save_result(workbench: Workbench, parts: Parts, folder: Path) -> None:
+    """Write the trained adapter and head of ``parts`` into ``folder`` (`fedlr.adapters.export`)."""
+    save_adapter(workbench.adapted, parts, folder)
 
 
 def check_names(config: RunConfig) -> None:

@@ -100,13 +100,10 @@ def _ask(grid: Grid, config: StrategyConfig) -> dict[int, SiteStatus]:
 def _answers(grid: Grid, nodes: list[int], timeout: float) -> dict[int, SiteStatus]:
     queries = [status_query(node, timeout) for node in nodes]
     replies = grid.send_and_receive(queries, timeout=timeout)
-    asked: dict[str, int] | None = None
+    # A message has no id before it is sent.
+    asked = {query.metadata.message_id: query.metadata.dst_node_id for query in queries}
     statuses: dict[int, SiteStatus] = {}
     for reply in replies:
-        # The grid names the queries on sending, at the latest before the first reply.
-        asked = asked or {
-            query.metadata.message_id: query.metadata.dst_node_id for query in queries
-        }
         node = asked.get(reply.metadata.reply_to_message_id)
         if node is None or reply.has_error():
             continue

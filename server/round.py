@@ -35,7 +35,7 @@ class OpenRound:
         cohort: Clients drawn for the round.
         standing: Those whose updates of all phases so far were accepted; only
             they are asked in the next phase.
-        asked: The messages of the current phase with their receivers.
+        asked: The messages of the current phase, sent already, with their receivers.
         refused: Clients that dropped out, each with its code.
         steps: Local steps of accepted updates by client.
         epsilon: ε reported in this round by client, refused updates included:
@@ -75,19 +75,16 @@ class OpenRound:
         Args:
             replies: In any order; strangers and second replies are ignored.
             phase: What was asked for.
-            bound: As in `fedlr`'s ``update_norm_bound``.
+            bound: As in `server.checking.check_update`.
             answered: Told (client, steps) as each reply is read.
 
         Returns:
             Accepted updates in client order.
         """
-        open_orders: dict[str, Member] | None = None
+        open_orders = {message.metadata.message_id: member for message, member in self.asked}
         accepted: dict[Member, ClientUpdate] = {}
         codes: dict[Member, str] = {}
         for reply in replies:
-            # The grid names the messages on sending, at the latest before the first reply.
-            if open_orders is None:
-                open_orders = self._orders()
             member = open_orders.pop(reply.metadata.reply_to_message_id, None)
             if member is None:
                 continue
@@ -97,8 +94,7 @@ class OpenRound:
             else:
                 accepted[member] = judged
             answered(member.client, 0 if isinstance(judged, str) else judged.steps)
-        silent = self._orders() if open_orders is None else open_orders
-        codes |= dict.fromkeys(silent.values(), NO_ANSWER)
+        codes |= dict.fromkeys(open_orders.values(), NO_ANSWER)
         order = sorted(accepted, key=lambda member: member.index)
         self.standing = tuple(order)
         for member in order:
@@ -117,9 +113,6 @@ class OpenRound:
         """Return the codes so far as text, e.g. ``"budget: 3, failed: 1"``."""
         counts = Counter(refusal.code for refusal in self.refused)
         return ", ".join(f"{code}: {count}" for code, count in sorted(counts.items())) or "none"
-
-    def _orders(self) -> dict[str, Member]:
-        return {message.metadata.message_id: member for message, member in self.asked}
 
     def _judge(
         self, reply: Message, member: Member, phase: Phase, bound: float | None

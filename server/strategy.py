@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 from collections.abc import Iterable
@@ -196,11 +197,8 @@ class FederatedStrategy(Strategy):
     def _send(self, opened: OpenRound) -> list[Message]:
         """Build the jobs of the current phase, their nonces journaled first."""
         state, phase = opened.state, self._phase(opened.state)
-        nonces = self._hooks.journal.sending(
-            state.round,
-            state.phase,
-            {member.client: secrets.token_hex(16) for member in opened.standing},
-        )
+        fresh = {member.client: secrets.token_hex(16) for member in opened.standing}
+        nonces = {**fresh, **self._hooks.journal.sending(state.round, state.phase, fresh)}
         job = Job(
             run=self.config.run,
             round=state.round,
@@ -288,7 +286,11 @@ class FederatedStrategy(Strategy):
         return self._measured[1]
 
     def _evaluate(self, parts: Parts) -> Measured:
-        return (None, None) if self._hooks.evaluate is None else self._hooks.evaluate(parts)
+        if self._hooks.evaluate is None:
+            return None, None
+        accuracy, loss = self._hooks.evaluate(parts)
+        # A model whose loss is not a number has diverged; records hold ∞ for that.
+        return accuracy, math.inf if math.isnan(loss) else loss
 
     def _outcome(self, membership: Membership) -> Outcome:
         at = self._at

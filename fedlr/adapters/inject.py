@@ -7,6 +7,7 @@ method and written through `fedlr.adapters.surgery`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -120,7 +121,9 @@ def inject(
         lora_dropout=0.0,
         bias="none",
     )
-    adapted = cast(nn.Module, get_peft_model(cast(Any, model), settings))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
+        adapted = cast(nn.Module, get_peft_model(cast(Any, model), settings))
     found = {
         name.removeprefix("base_model.model.")
         for name, module in adapted.named_modules()

@@ -156,7 +156,9 @@ def _load_encoder(source: str, revision: str | None, random_seed: int | None) ->
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Silence its progress bars and its notes on unused pooler and language-model weights."""
-    from transformers.utils import logging as transformers_logging
+    from transformers.utils import logging
+
+    transformers_logging: Any = logging
 
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

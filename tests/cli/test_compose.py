@@ -1,0 +1,56 @@
+"""Every file under conf/ composes into a valid configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedlr.cli.compose import choices, compose, configuration_folder
+from fedlr.config import RunConfig, from_json, to_json
+from fedlr.errors import ConfigError
+
+NEEDED = {"data=file": "data.path=some/folder", "data=hub": "data.name=owner/set"}
+CASES = [f"{group}={name}" for group, names in choices().items() for name in names]
+
+
+def test_every_file_is_a_case() -> None:
+    files = [path for path in configuration_folder().rglob("*.yaml") if path.name != "config.yaml"]
+    assert len(CASES) == len(files) > 20
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_choice_composes_and_round_trips(case: str) -> None:
+    extra = [NEEDED[case]] if case in NEEDED else []
+    if case == "model=encoder":
+        extra = ["model.name=owner/model"]
+    config = compose([case, *extra])
+    assert from_json(to_json(config)) == config
+
+
+def test_yaml_and_dataclasses_name_the_same_settings() -> None:
+    """A key that YAML forgets would hide a default in code, against rule 7."""
+    from dataclasses import fields, is_dataclass
+
+    from fedlr.cli.compose import compose_mapping
+
+    def compare(kind: type, mapping: object, where: str) -> None:
+        assert isinstance(mapping, dict), where
+        assert {item.name for item in fields(kind)} == set(mapping), where
+        default = kind()
+        for item in fields(kind):
+            value = getattr(default, item.name)
+            if is_dataclass(value):
+                compare(type(value), mapping[item.name], f"{where}{item.name}.")
+
+    compare(RunConfig, compose_mapping([]), "")
+
+
+def test_unknown_override_names_it() -> None:
+    with pytest.raises(ConfigError, match="rounds_typo"):
+        compose(["federation.rounds_typo=3"])
+
+
+def test_configuration_folder_is_the_checkout_or_the_package() -> None:
+    assert (configuration_folder() / "config.yaml").is_file()
+    assert Path(configuration_folder()).is_dir()

