@@ -23,12 +23,6 @@ TRAIN, STATUS = "train", "query.status"
 T = TypeVar("T")
 
 
-def to_content(arrays: Arrays, header: Header) -> RecordDict:
-    """Return the content that carries a record; the arrays are copied into bytes."""
-    record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
-    return RecordDict({ARRAYS: record, HEADER: _config(header)})
-
-
 def status_query(node: int, ttl: float) -> Message:
     """Return the question for a site's status.
 

