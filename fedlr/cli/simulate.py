@@ -151,7 +151,7 @@ def summarise(workbench: Workbench, outcome: Outcome, wall_s: float) -> Summary:
         method=config.method.name,
         model=config.model.name,
         data=config.data.name or config.data.path or config.data.kind,
-        data_sha256=workbench.data.sha256,
+        data_sha256=workbench.data.publishable_sha256,
         label_names=workbench.data.label_names,
         majority=workbench.majority,
         rounds=len(records),

@@ -118,6 +118,18 @@ class LoadedData:
             self, "sha256", _fingerprint(self.label_names, (self.train, self.validation))
         )
 
+    @property
+    def publishable_sha256(self) -> str:
+        """The digest that may leave the site.
+
+        `sha256` for data declared public. Otherwise that of the public validation
+        split and the label list: a digest of private rows would confirm one row
+        to whoever knows all the others, which is the adversary of the guarantee.
+        """
+        if self.declared_public:
+            return self.sha256
+        return _fingerprint(self.label_names, (self.validation,))
+
 
 def check_label_names(names: tuple[str, ...]) -> None:
     """Raise ValueError unless ``names`` are at least two different names."""

@@ -150,7 +150,8 @@ class Summary:
         method: Name of the federated method, e.g. ``"fedsvd"``.
         model: Name of the base model.
         data: Name of the data source.
-        data_sha256: Fingerprint of the public description of the data, hex.
+        data_sha256: Digest of the data, hex; of its public validation split and
+            label list alone where the data are not declared public.
         label_names: The declared labels, in the order of the classes.
         majority: Share of the largest class of the validation split, [0, 1]:
             what a constant answer scores.

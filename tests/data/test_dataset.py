@@ -144,3 +144,15 @@ def test_shorten_draws_rows_and_leaves_short_data_alone() -> None:
     assert short.labels.tolist() != list(range(10))
     with pytest.raises(ValueError, match="max_examples"):
         shorten(data, 0, 0)
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_published_digest_sees_training_rows_only_where_they_are_public(public: bool) -> None:
+    """Add/remove one training row: the digest that leaves must not move for private data."""
+    validation = TextDataset(("v",), None, np.array([0]), None)
+    whole = TextDataset(("a", "b"), None, np.array([0, 1]), None)
+    digests = [
+        LoadedData(train, validation, ("x", "y"), public).publishable_sha256
+        for train in (whole, whole.select(np.array([0])))
+    ]
+    assert (digests[0] == digests[1]) is not public
