@@ -149,7 +149,7 @@ def summarise(workbench: Workbench, outcome: Outcome, wall_s: float) -> Summary:
     stopped = (outcome.stopped_reason,) if outcome.stopped_reason else ()
     return Summary(
         method=config.method.name,
-        model=config.model.name,
+        model=workbench.base.name,
         data=config.data.name or config.data.path or config.data.kind,
         data_sha256=workbench.data.publishable_sha256,
         label_names=workbench.data.label_names,
