@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fedlr.cli.compose import choices, compose, compose_mapping
 from fedlr.config import RunConfig, to_json
-from fedlr.report.folder import create_run_folder, write_config
+from fedlr.report.folder import check_output, create_run_folder, write_config
 from fedlr.report.live import LiveProgress
 from fedlr.report.plots import curves
 from fedlr.report.records import ClientSummary, RoundLog, Summary, write_summary
@@ -73,6 +73,7 @@ def simulate(config: RunConfig) -> Path:
     from fedlr.build import build
 
     started = time.monotonic()
+    check_output(Path(config.output))
     workbench = build(config, _say)
     folder = create_run_folder(Path(config.output), config.name, datetime.now())
     write_config(folder, to_json(config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -17,6 +18,18 @@ from fedlr.report.records import write_atomically
 
 PACKAGES = ("torch", "flwr", "opacus", "transformers", "peft", "flwr-datasets", "hydra-core")
 """Whose versions are written beside the configuration."""
+
+
+def check_output(output: Path) -> None:
+    """Raise RunError now if run folders could not be made in ``output``; makes nothing."""
+    existing = next(
+        path for path in (output.absolute(), *output.absolute().parents) if path.exists()
+    )
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise RunError(
+            f"output = {str(output)!r} cannot be written: {existing} is no folder that this user "
+            "may write in; choose one with output=<folder>"
+        )
 
 
 def create_run_folder(output: Path, name: str, now: datetime) -> Path:
