@@ -141,6 +141,11 @@ def _model_rules(config: RunConfig) -> list[tuple[bool, str]]:
             "features, e.g. model.head.feature_scale=4.47",
         ),
         (
+            config.method.name == "head_only" and not head.trained,
+            "method.name = head_only but the head is not trained, so nothing would be learned; "
+            "set model/head=linear",
+        ),
+        (
             config.privacy.head_share is not None and not head.trained,
             "privacy.head_share is set but the head is not trained; set privacy.head_share=null",
         ),

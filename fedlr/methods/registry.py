@@ -10,6 +10,7 @@ from fedlr.methods.combine import Combiner, weighted_mean
 from fedlr.methods.fedavg_lora import FedAvgLoRA
 from fedlr.methods.fedsvd import FedSVD
 from fedlr.methods.ffa_lora import FFALoRA
+from fedlr.methods.head_only import HeadOnly
 from fedlr.methods.method import Method
 
 Builder = Callable[[Subspace, Combiner], Method]
@@ -19,6 +20,7 @@ METHODS: Mapping[str, Builder] = {
     "fedsvd": FedSVD,
     "ffa_lora": FFALoRA,
     "fedavg_lora": FedAvgLoRA,
+    "head_only": HeadOnly,
 }
 """Every method by its configuration name."""
 

@@ -10,7 +10,12 @@ from fedlr.cli.compose import choices, compose, configuration_folder
 from fedlr.config import RunConfig, from_json, to_json
 from fedlr.errors import ConfigError
 
-NEEDED = {"data=file": "data.path=some/folder", "data=hub": "data.name=owner/set"}
+NEEDED = {
+    "data=file": "data.path=some/folder",
+    "data=hub": "data.name=owner/set",
+    "model=encoder": "model.name=owner/model",
+    "method=head_only": "model/head=linear",
+}
 CASES = [f"{group}={name}" for group, names in choices().items() for name in names]
 
 
@@ -22,8 +27,6 @@ def test_every_file_is_a_case() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_choice_composes_and_round_trips(case: str) -> None:
     extra = [NEEDED[case]] if case in NEEDED else []
-    if case == "model=encoder":
-        extra = ["model.name=owner/model"]
     config = compose([case, *extra])
     assert from_json(to_json(config)) == config
 
