@@ -24,11 +24,13 @@ def test_adapters_stay_at_zero_bit_for_bit() -> None:
 def test_head_is_the_weighted_mean() -> None:
     method = HeadOnly(orthonormal)
     state = method.init(LAYOUT, generator())
-    key = PartKey(next(iter(LAYOUT.head)), Role.HEAD)
-    shape = state.parts[key].shape
+    keys = [PartKey(name, Role.HEAD) for name in LAYOUT.head]
     updates = [
-        ClientUpdate(f"client-{index}", {key: torch.full(shape, value)}, steps=1)
+        ClientUpdate(
+            f"client-{index}", {key: torch.full_like(state.parts[key], value) for key in keys}, 1
+        )
         for index, value in enumerate((1.0, 5.0))
     ]
     new = method.aggregate(state, updates, [3, 1])
-    assert torch.equal(new.parts[key], torch.full(shape, 2.0))  # (3·1 + 1·5) / 4
+    for key in keys:
+        assert torch.equal(new.parts[key], torch.full_like(state.parts[key], 2.0))  # (3·1 + 5) / 4
