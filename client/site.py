@@ -64,6 +64,10 @@ class SitePolicy:
     def __post_init__(self) -> None:
         checks.one_of("mode", self.mode, ("dp", "dry", "none"))
         checks.at_least("declared_size", self.declared_size, 0)
+        checks.at_least("expected_batch", self.expected_batch, 1)
+        checks.positive("clip_norm", self.clip_norm)
+        checks.non_negative("noise_multiplier", self.noise_multiplier)
+        checks.at_least("max_joins", self.max_joins, 1)
         if (self.mode == "dp") != (self.noise_multiplier > 0):
             raise ValueError(
                 f"noise_multiplier = {self.noise_multiplier} does not fit mode = {self.mode!r}: it "
@@ -129,20 +133,32 @@ class Site:
         try:
             if job.provenance != self._provenance:
                 return self._abstain("provenance")
-            if not job.train:
-                return self._project(job)
-            if not self._trained_keys(job):
+            if not job.train and not self._has_released(job):
+                return self._abstain("no_release")
+            if problem := self._problem(job):
+                _log.error("%s: the job does not fit: %s", self.policy.client, problem)
                 return self._abstain("bad_job")
-            return self._train(job)
+            return self._train(job) if job.train else self._project(job)
         except LedgerError as error:
             _log.error("%s: the ledger refuses: %s", self.policy.client, error)
             return self._abstain("ledger")
-        except ValueError as error:
-            _log.error("%s: the job does not fit: %s", self.policy.client, error)
-            return self._abstain("bad_job")
         except Exception:
             _log.exception("%s: the round failed", self.policy.client)
             return self._abstain("failed")
+
+    def _problem(self, job: Job) -> str | None:
+        """Say what is wrong with a job, before anything is reserved for it."""
+        try:
+            if job.train:
+                self._key(job)
+                self._trainer.check(job.parts, job.train)
+                if not job.send or job.send - job.train:
+                    return f"send = {sorted(job.send)} must be among train = {sorted(job.train)}"
+            else:
+                self._check_projection(job)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def _train(self, job: Job) -> ClientUpdate | Abstention:
         """Reserve, train, commit."""
@@ -161,7 +177,7 @@ class Site:
                 expected_batch=policy.expected_batch,
             )
             release = Release(policy.noise_multiplier, policy.sample_rate, steps, policy.unit)
-            key = JobKey(job.run, job.round, policy.client, job.nonce)
+            key = self._key(job)
             self._ledger.reserve(key, release)
             trained = self._run(job, mechanism)
             self._ledger.commit(key, release)
@@ -189,19 +205,35 @@ class Site:
         labels = (self.policy.public_seed, self.policy.client, job.round, job.phase)
         return public_stream("sampling", *labels), public_stream("noise", *labels)
 
-    def _project(self, job: Job) -> ClientUpdate | Abstention:
+    def _project(self, job: Job) -> ClientUpdate:
         """Answer a projecting phase: rotationᵀ·B of what was released in this round."""
-        if self._released is None or self._released[0] != (job.run, job.round):
-            return self._abstain("no_release")
-        if job.send != frozenset({Role.CORE}):
-            return self._abstain("bad_job")
-        released = self._released[1]
+        released = self._released_parts()
         cores = {
             PartKey(key.site, Role.CORE): rotation.T @ released[PartKey(key.site, Role.B)]
             for key, rotation in job.parts.items()
-            if key.role is Role.ROTATION
         }
         return ClientUpdate(client=self.policy.client, parts=cores, steps=0)
+
+    def _check_projection(self, job: Job) -> None:
+        """Raise ValueError unless the job asks for cores of released B's, and of nothing else."""
+        released = self._released_parts()
+        if job.send != frozenset({Role.CORE}) or not job.parts:
+            raise ValueError("a projecting phase brings rotations and sends cores")
+        for key, rotation in job.parts.items():
+            b = released.get(PartKey(key.site, Role.B))
+            if key.role is not Role.ROTATION or b is None:
+                raise ValueError(f"{key.site}/{key.role} projects nothing that was released")
+            if rotation.ndim != 2 or rotation.shape[0] != b.shape[0]:
+                raise ValueError(f"{key.site}/{key.role} has shape {tuple(rotation.shape)}")
+
+    def _has_released(self, job: Job) -> bool:
+        return self._released is not None and self._released[0] == (job.run, job.round)
+
+    def _released_parts(self) -> Parts:
+        return {} if self._released is None else self._released[1]
+
+    def _key(self, job: Job) -> JobKey:
+        return JobKey(job.run, job.round, self.policy.client, job.nonce)
 
     def _trained_keys(self, job: Job) -> list[PartKey]:
         return [key for key in job.parts if key.role in job.train]

@@ -66,12 +66,20 @@ def matching_layers(
             )
     if problems:
         raise ConfigError(problems)
-    return {
+    chosen = {
         name: module
         for name, (index, module) in candidates.items()
         if (wanted is None or index in wanted)
         and any(_ends_with(name, suffix) for suffix in modules)
     }
+    if not chosen:
+        raise ConfigError(
+            [
+                f"adapter.modules = {list(modules)} matches nothing in adapter.layers = {layers}; "
+                "name modules of those layers, or set adapter.layers=null"
+            ]
+        )
+    return chosen
 
 
 def inject(

@@ -47,18 +47,22 @@ class AdaptedModel:
             if key.role in roles
         }
 
-    def write(self, parts: Parts) -> None:
-        """Copy ``parts`` into the model in place; the other arrays stay.
-
-        Raises:
-            ValueError: An unknown (site, role), or a wrong shape. Nothing is
-                written then.
-        """
+    def check(self, parts: Parts) -> None:
+        """Raise ValueError for an unknown (site, role) or a wrong shape."""
         parameters = self.parameters()
         for key, value in parts.items():
             if key not in parameters:
                 raise ValueError(f"the model has no array {key.site}/{key.role}")
             checks.same_shape(f"{key.site}/{key.role}", value.shape, parameters[key].shape)
+
+    def write(self, parts: Parts) -> None:
+        """Copy ``parts`` into the model in place; the other arrays stay.
+
+        Raises:
+            ValueError: As `check`. Nothing is written then.
+        """
+        self.check(parts)
+        parameters = self.parameters()
         with torch.no_grad():
             for key, value in parts.items():
                 parameters[key].copy_(value)

@@ -33,11 +33,12 @@ def from_mapping(values: Mapping[str, Any]) -> RunConfig:
         >>> from_mapping({"federation": {"clients": 6, "clients_per_round": 3}}).seed
         0
     """
-    problems: list[str] = []
-    config = _build(RunConfig, values, "", problems)
-    if not problems:
-        problems.extend(range_problems(config))
-        problems.extend(cross_problems(config))
+    problems = _unknown_keys(RunConfig, values, "")
+    ill_typed: list[str] = []
+    config = _build(RunConfig, values, "", ill_typed)
+    problems += [*ill_typed, *range_problems(config)]
+    if not ill_typed:  # a default in the place of a bad value would contradict others
+        problems += cross_problems(config)
     if problems:
         raise ConfigError(problems)
     return config
@@ -57,6 +58,22 @@ def from_json(text: str) -> RunConfig:
     return from_mapping(values)
 
 
+def _unknown_keys(kind: type[Any], values: Any, prefix: str) -> list[str]:
+    """Name the keys of a section and of those within it that are no settings."""
+    if not isinstance(values, Mapping):
+        return []
+    hints = typing.get_type_hints(kind)
+    problems = [
+        f"{prefix}{key} is not a setting; known here: {', '.join(hints)}"
+        for key in values
+        if key not in hints
+    ]
+    for name, hint in hints.items():
+        if is_dataclass(hint) and name in values:
+            problems += _unknown_keys(cast(type[Any], hint), values[name], f"{prefix}{name}.")
+    return problems
+
+
 def _build(kind: type[_T], values: Any, prefix: str, problems: list[str]) -> _T:
     """Build one dataclass; problems are appended, defaults stand in for bad fields."""
     if not isinstance(values, Mapping):
@@ -64,9 +81,6 @@ def _build(kind: type[_T], values: Any, prefix: str, problems: list[str]) -> _T:
         return kind()
     hints = typing.get_type_hints(kind)
     known = {item.name: item for item in fields(cast(Any, kind))}
-    for key in values:
-        if key not in known:
-            problems.append(f"{prefix}{key} is not a setting; known here: {', '.join(known)}")
     built: dict[str, Any] = {}
     for name, item in known.items():
         path = f"{prefix}{name}"
@@ -109,12 +123,10 @@ def _convert(hint: Any, value: Any) -> tuple[Any, str | None]:
 
 
 def _convert_scalar(hint: type, value: Any) -> tuple[Any, str | None]:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value), None
-    if hint is float and isinstance(value, str):
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-5 as a string
             return float(value), None
-        except ValueError:
+        except (ValueError, OverflowError):
             return None, "a number"
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value, None

@@ -149,7 +149,7 @@ class TokenisedDataset:
         if self.hidden is None:
             return None
         states = self.hidden[torch.from_numpy(positions)]
-        return states * torch.from_numpy(mask).unsqueeze(-1)
+        return states.masked_fill_(~torch.from_numpy(mask).unsqueeze(-1), 0.0)
 
 
 def tokenise(

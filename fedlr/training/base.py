@@ -64,9 +64,11 @@ def load_base(
             from, instead of the trained ones; None loads the weights.
 
     Raises:
-        ModelError: Not installed, not found, no network, no safetensors file, a
-            model that needs its own code, or a digest that differs.
+        ModelError: Not installed, not found, no network, no or a damaged
+            safetensors file, one without all of the encoder's weights, a model
+            that needs its own code, or a digest that differs.
     """
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
     source, expected = _resolve(name, sha256)
@@ -76,7 +78,7 @@ def load_base(
             source, revision=revision, trust_remote_code=False
         )
         encoder = _load_encoder(source, revision, random_seed)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model.name = {name!r} cannot be loaded: {_first_line(error)}. Give a hub name that "
             "this machine can reach, a local folder with config.json and model.safetensors, or "
@@ -137,20 +139,38 @@ def _load_encoder(source: str, revision: str | None, random_seed: int | None) ->
 
     with _quiet_transformers():
         if random_seed is None:
-            loaded: nn.Module = AutoModel.from_pretrained(
+            loaded, report = AutoModel.from_pretrained(
                 source,
                 revision=revision,
                 trust_remote_code=False,
                 use_safetensors=True,
                 dtype=torch.float32,
+                output_loading_info=True,
             )
-            return loaded
+            return _without_random_weights(loaded, sorted(report["missing_keys"]))
         settings = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_seed)
             factory: Any = AutoModel
-            drawn: nn.Module = factory.from_config(settings, trust_remote_code=False)
+            drawn: nn.Module = factory.from_config(
+                settings, trust_remote_code=False, dtype=torch.float32
+            )
         return drawn
+
+
+def _without_random_weights(encoder: nn.Module, missing: list[str]) -> nn.Module:
+    """Refuse weights that transformers drew because the file lacks them; zero a pooler's.
+
+    A pooler takes no part in the features, and many published encoders have none.
+    Left at its random draw it would give every process another digest.
+    """
+    needed = [name for name in missing if "pooler" not in name.split(".")]
+    if needed:
+        raise OSError(f"its weights file lacks {needed[0]} and {len(needed) - 1} more")
+    with torch.no_grad():
+        for name in missing:
+            encoder.get_parameter(name).zero_()
+    return encoder
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def decode_job(arrays: Arrays, header: Mapping[str, Any]) -> Job:
             parts=codec.decode(arrays, provenance.codec),
             provenance=provenance,
         )
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise BadUpdate("names", f"the job's header is malformed: {error}") from error
 
 
@@ -185,7 +185,7 @@ def decode_outcome(arrays: Arrays, header: Mapping[str, Any]) -> ClientUpdate | 
             steps=checks.at_least("steps", int(header["steps"]), 0),
             epsilon=None if epsilon is None else float(epsilon),
         )
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise BadUpdate("names", f"the update's header is malformed: {error}") from error
 
 
@@ -210,7 +210,7 @@ def decode_status(header: Mapping[str, Any]) -> SiteStatus:
             delta=checks.in_range("delta", float(header["delta"]), 0.0, 1.0),
             provenance=_provenance(header),
         )
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise BadUpdate("names", f"the site's status is malformed: {error}") from error
 
 

@@ -105,6 +105,28 @@ class LocalTrainer:
         self._device = device
         self.settings = settings
 
+    def check(self, parts: Parts, train: frozenset[Role]) -> None:
+        """Check that what was broadcast fits the model and the roles that train.
+
+        Args:
+            parts: Must be exactly the model's movable arrays: one that is not
+                broadcast would keep the value of an earlier client or round.
+            train: Roles that train; each needs an array.
+
+        Raises:
+            ValueError: An array is missing, unknown, of another shape or not
+                finite, or a role has no array.
+        """
+        self._adapted.check(parts)
+        expected = self._adapted.parameters()
+        if missing := sorted(expected.keys() - parts.keys()):
+            raise ValueError(f"parts lack {missing[0].site}/{missing[0].role}, which the model has")
+        if unheld := sorted(train - {key.role for key in expected}):
+            raise ValueError(f"train has {unheld[0]!r}, of which the model has no array")
+        for key, value in parts.items():
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{key.site}/{key.role} holds NaN or infinite entries")
+
     def train(self, task: LocalTask, units: UnitIndex) -> dict[PartKey, Tensor]:
         """Run the round and return the trained arrays (float32, CPU).
 
@@ -114,13 +136,17 @@ class LocalTrainer:
                 step a noise-only step.
 
         Raises:
-            ValueError: The task's arrays do not fit the model, or the mechanism
-                does not cover exactly what trains.
+            ValueError: The task's arrays do not fit the model, the mechanism
+                does not cover exactly what trains, or σ > 0 with public sampling,
+                which would void the amplification that the accountant credits.
         """
         self._adapted.write(task.parts)
         trained = self._adapted.select_trained(task.train)
         if task.mechanism is not None and task.mechanism.keys != frozenset(trained):
             raise ValueError("the mechanism's clip groups are not exactly the trained arrays")
+        noisy = task.mechanism is not None and task.mechanism.noise_multiplier > 0
+        if noisy and not task.sampling.secret:
+            raise ValueError("a private batch was asked from a public stream; use secret_stream()")
         gradients = GRADIENTS[self.settings.gradients](self._classifier, trained)
         optimizer = self._optimizer(trained)
         for _ in range(self.settings.steps):

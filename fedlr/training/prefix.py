@@ -12,13 +12,14 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlr.data.batching import TokenisedDataset, physical_batches
+from fedlr.data.batching import Batch, TokenisedDataset, physical_batches
 from fedlr.lowrank.factors import AdapterSite
 
 
@@ -26,15 +27,9 @@ class _Captured(Exception):
     """Ends a forward pass once the prefix is known."""
 
 
-class _Replay(nn.Module):
-    """Stands in for a skipped layer: returns the cached states, or its input."""
-
-    def __init__(self, hidden: Tensor | None) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states if self.hidden is None else self.hidden
+def _replay(cached: Tensor | None, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Stand in for a skipped layer's forward: return the cached states, or the input."""
+    return hidden_states if cached is None else cached
 
 
 @dataclass(frozen=True)
@@ -52,14 +47,15 @@ class FrozenPrefix:
     @contextmanager
     def replayed(self, hidden: Tensor) -> Iterator[None]:
         """Within the context the encoder starts from ``hidden``, shape (N, T, width)."""
-        kept = list(self.blocks[: self.depth])
-        for index in range(self.depth):
-            self.blocks[index] = _Replay(hidden if index == 0 else None)
+        skipped = list(self.blocks[: self.depth])
+        for index, block in enumerate(skipped):
+            # The layer itself stays: some encoders read its attributes (ModernBERT).
+            vars(block)["forward"] = partial(_replay, hidden if index == 0 else None)
         try:
             yield
         finally:
-            for index, block in enumerate(kept):
-                self.blocks[index] = block
+            for block in skipped:
+                del vars(block)["forward"]
 
 
 def find_prefix(encoder: nn.Module, sites: Sequence[AdapterSite]) -> FrozenPrefix | None:
@@ -89,26 +85,42 @@ def cache_prefix(
         prefix: Its frozen prefix.
         data: The rows.
         size: Rows of one forward pass.
-        megabytes: Upper bound on the cache; where it would be larger, or a layer
-            returns something other than a tensor, ``data`` comes back unchanged.
+        megabytes: Upper bound on the cache; where it would be larger, a layer
+            returns something other than a tensor, or a replay does not reproduce
+            the encoder (a prefix layer that is called again higher up), ``data``
+            comes back unchanged.
     """
     width = int(getattr(encoder.config, "hidden_size"))  # noqa: B009 (a Module attribute)
     if len(data.tokens) * width * 4 > megabytes * 1_000_000 or len(data) == 0:
         return data
     cache = torch.empty(len(data.tokens), width)
     device = next(encoder.parameters()).device
+    checked = False
     for rows in physical_batches(np.arange(len(data)), data.lengths, size):
         batch = data.batch(rows).to(device)
         hidden = _hidden_after(encoder, prefix, batch)
         if hidden is None:
             return data
+        if not checked and not _reproduces(encoder, prefix, batch, hidden.to(device)):
+            return data
+        checked = True
         for position, row in enumerate(rows.tolist()):
             start, end = int(data.offsets[row]), int(data.offsets[row + 1])
             cache[start:end] = hidden[position, : end - start]
     return replace(data, hidden=cache)
 
 
-def _hidden_after(encoder: nn.Module, prefix: FrozenPrefix, batch: Any) -> Tensor | None:
+def _reproduces(encoder: nn.Module, prefix: FrozenPrefix, batch: Batch, hidden: Tensor) -> bool:
+    """Whether the encoder that starts from ``hidden`` computes what the whole one does."""
+    tokens = batch.attention_mask.bool()
+    with torch.no_grad():
+        whole = encoder(**batch.inputs()).last_hidden_state[tokens]
+        with prefix.replayed(hidden):
+            replayed = encoder(**batch.inputs()).last_hidden_state[tokens]
+    return torch.allclose(whole, replayed, rtol=1e-4, atol=1e-4)
+
+
+def _hidden_after(encoder: nn.Module, prefix: FrozenPrefix, batch: Batch) -> Tensor | None:
     found: list[Any] = []
 
     def capture(_module: nn.Module, _inputs: Any, output: Any) -> None:

@@ -135,7 +135,8 @@ class TestLaws:
         new, released = run_round(method, state, clients(1), [weight])
         expected = effective(LAYOUT, {**state.parts, **released["client-00"]})
         assert_same_weights(effective(LAYOUT, new.parts), expected)
-        moved = next(iter(LAYOUT.head)) if name == "head_only" else "block.0.query"  # it must not pass on zeros
+        # What the method moves must not be zero, or the law would hold for nothing.
+        moved = next(iter(LAYOUT.head)) if name == "head_only" else "block.0.query"
         assert float(expected[moved].norm()) > 1
 
     def test_a_client_of_weight_zero_does_not_count(self, name: str) -> None:

@@ -82,8 +82,10 @@ def clipped_sum(gradients: Tensor, factors: Tensor) -> Tensor:
     """Return Σ_u factor_u · G_u, shape of one gradient; zeros for no unit.
 
     A unit with factor 0 contributes exactly zero even where its gradient is not
-    finite.
+    finite. Multiplies in the full precision of ``gradients``: a matrix product may
+    be rounded to TensorFloat-32, which would lift a clipped norm above its bound.
     """
     flat = gradients.flatten(1)
-    finite = torch.where((factors > 0).unsqueeze(1), flat, torch.zeros_like(flat))
-    return (factors.to(flat.dtype) @ finite).reshape(gradients.shape[1:])
+    scale = factors.to(flat.dtype).unsqueeze(1)
+    clipped = torch.where(scale > 0, flat, 0.0).mul_(scale)
+    return clipped.sum(0).reshape(gradients.shape[1:])
