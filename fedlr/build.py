@@ -31,7 +31,7 @@ from fedlr.methods.method import Layout, Method, Parts
 from fedlr.methods.registry import METHODS
 from fedlr.methods.registry import build as build_method
 from fedlr.privacy.calibration import noise_multiplier
-from fedlr.training.base import BaseModel, load_base
+from fedlr.training.base import BaseModel, check_rows_alone, load_base
 from fedlr.training.classifier import Classifier
 from fedlr.training.evaluate import Evaluator
 from fedlr.training.heads import LinearHead, RandomClsHead, label_embeddings
@@ -47,8 +47,8 @@ class ClientPlan:
     Attributes:
         name: Stable public identifier, ``client-000`` and so on.
         units: Its rows by unit of privacy.
-        declared_size: N, number of units; in a simulation the true one is
-            declared public.
+        declared_size: N, public: the number of units rounded down to two
+            significant digits, as an operator would declare it (`declared_size`).
         delta: δ of its guarantee.
         noise_multiplier: σ; 0.0 unless ``privacy.mode=dp``.
     """
@@ -119,6 +119,7 @@ def build(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Wor
         config.seed if config.model.random_weights else None,
     )
     base.encoder.to(device)
+    check_rows_alone(base, config.model.max_length)
     head = build_head(config, base, data.label_names)
     adapter = config.adapter
     encoder, sites = inject(
@@ -241,6 +242,20 @@ def _trained_head(head: nn.Module, settings: HeadConfig) -> dict[str, nn.Paramet
     return {f"head.{name}": value for name, value in head.named_parameters()}
 
 
+def declared_size(count: int) -> int:
+    """Return N as it is declared: ``count`` rounded down to two significant digits.
+
+    q, σ and δ follow from N alone, so the noise tells of the true count no more than
+    that. Rounding down errs towards a larger q, and so towards more noise.
+
+    Example:
+        >>> [declared_size(count) for count in (0, 7, 99, 857, 11225)]
+        [0, 7, 99, 850, 11000]
+    """
+    unit: int = 10 ** max(0, len(str(count)) - 2)
+    return count // unit * unit
+
+
 def _clients(
     config: RunConfig, data: LoadedData, say: Callable[[str], None]
 ) -> tuple[ClientPlan, ...]:
@@ -257,14 +272,15 @@ def _clients(
     plans, problems = [], []
     for index, rows in enumerate(parts):
         units = UnitIndex.of(data.train.users, rows, unit)
-        size = max(1, units.count)
+        declared = declared_size(units.count)
+        size = max(1, declared)
         delta = config.privacy.delta or min(1e-5, 1 / (10 * size))
-        if config.privacy.mode == "dp" and delta >= 1 / size and units.count > 1:
+        if config.privacy.mode == "dp" and delta >= 1 / size and declared > 1:
             problems.append(
                 f"privacy.delta = {delta} must be < 1/N = {1 / size:.3g} of client-{index:03d} "
                 f"with N = {size}; lower it, or set it to null"
             )
-        plans.append(ClientPlan(f"client-{index:03d}", units, units.count, delta, 0.0))
+        plans.append(ClientPlan(f"client-{index:03d}", units, declared, delta, 0.0))
     if problems:
         raise ConfigError(problems)
     if config.privacy.mode != "dp":

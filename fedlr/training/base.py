@@ -94,6 +94,56 @@ def load_base(
     )
 
 
+def check_rows_alone(base: BaseModel, longest: int) -> None:
+    """Refuse an encoder that computes one row differently in another row's company.
+
+    Clipping bounds what one unit changes only while no other unit's gradient
+    notices it. An encoder whose result depends on how far a row is padded breaks
+    that, silently: FNet mixes padding in, ConvBERT convolves over it, CANINE
+    and YOSO hash or sample along the whole length, BigBird changes its kind of
+    attention.
+
+    Args:
+        base: On any device.
+        longest: Tokens an example is cut at.
+
+    Raises:
+        ModelError: A short row's features differ between a batch of its own and
+            one with a row of ``longest`` tokens, or the encoder cannot run on
+            token ids and a mask alone.
+    """
+    settings: Any = base.encoder.config
+    known = getattr(settings, "max_position_embeddings", None) or 0
+    # RoBERTa's positions start behind its padding id.
+    length = min(longest, known - 2) if known > 2 else longest
+    short = max(1, length // 4)
+    pad = int(base.tokenizer.pad_token_id or 0)
+    ids = (torch.arange(2 * length).reshape(2, length) * 7 + 11) % int(settings.vocab_size)
+    ids = ids.where(ids != pad, (ids + 1) % int(settings.vocab_size))
+    mask = torch.ones_like(ids)
+    mask[0, short:] = 0
+    ids = ids.where(mask == 1, pad).to(next(base.encoder.parameters()).device)
+    mask = mask.to(ids.device)
+    try:
+        with torch.no_grad():
+            beside = base.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[0, :short]
+            alone = base.encoder(
+                input_ids=ids[:1, :short], attention_mask=mask[:1, :short]
+            ).last_hidden_state[0]
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ModelError(
+            f"model.name = {base.name!r} cannot run on token ids and a mask alone: "
+            f"{_first_line(error)}. Use an encoder such as BERT or RoBERTa"
+        ) from error
+    apart, size = float((beside - alone).abs().max()), float(alone.abs().max())
+    if not apart <= 1e-3 * size:
+        raise ModelError(
+            f"model.name = {base.name!r} computes a row differently beside a longer one (by "
+            f"{apart:.2g} of {size:.2g}), so that no clipping bounds what one example changes. "
+            "Use an encoder that masks its padding, such as BERT or RoBERTa"
+        )
+
+
 def weights_digest(model: nn.Module) -> str:
     """Return the sha256 over names, dtypes, shapes and bytes of every parameter and buffer."""
     digest = hashlib.sha256()

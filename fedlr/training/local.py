@@ -62,7 +62,9 @@ class LocalTask:
     """What one client does in one round.
 
     Attributes:
-        parts: Broadcast arrays, written before the first step.
+        parts: Broadcast arrays, written before the first step; the others start
+            as they were when the trainer was made (B = 0), not as an earlier
+            client or round left them.
         train: Roles that train.
         sample_rate: q, probability of each unit in each step.
         mechanism: Clip, noise and divisor; None trains plainly (privacy off).
@@ -100,6 +102,7 @@ class LocalTrainer:
     ) -> None:
         self._classifier = classifier.eval()
         self._adapted = adapted
+        self._fresh = adapted.read(frozenset({Role.A, Role.B, Role.HEAD}))
         self._data = data
         self._lengths = data.lengths
         self._device = device
@@ -109,18 +112,17 @@ class LocalTrainer:
         """Check that what was broadcast fits the model and the roles that train.
 
         Args:
-            parts: Must be exactly the model's movable arrays: one that is not
-                broadcast would keep the value of an earlier client or round.
+            parts: Must hold every array that trains.
             train: Roles that train; each needs an array.
 
         Raises:
-            ValueError: An array is missing, unknown, of another shape or not
-                finite, or a role has no array.
+            ValueError: An array that trains is missing, one is unknown, of another
+                shape or not finite, or a role has no array.
         """
         self._adapted.check(parts)
         expected = self._adapted.parameters()
-        if missing := sorted(expected.keys() - parts.keys()):
-            raise ValueError(f"parts lack {missing[0].site}/{missing[0].role}, which the model has")
+        if missing := sorted(key for key in expected.keys() - parts.keys() if key.role in train):
+            raise ValueError(f"parts lack {missing[0].site}/{missing[0].role}, which would train")
         if unheld := sorted(train - {key.role for key in expected}):
             raise ValueError(f"train has {unheld[0]!r}, of which the model has no array")
         for key, value in parts.items():
@@ -140,7 +142,7 @@ class LocalTrainer:
                 does not cover exactly what trains, or σ > 0 with public sampling,
                 which would void the amplification that the accountant credits.
         """
-        self._adapted.write(task.parts)
+        self._adapted.write({**self._fresh, **task.parts})
         trained = self._adapted.select_trained(task.train)
         if task.mechanism is not None and task.mechanism.keys != frozenset(trained):
             raise ValueError("the mechanism's clip groups are not exactly the trained arrays")
