@@ -1,0 +1,199 @@
+"""Every rule on values, alone and together, is broken once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from fedlr.config import RunConfig, from_mapping, rules
+from fedlr.errors import ConfigError
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """``a.b.c`` and a value → {"a": {"b": {"c": value}}}."""
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    found: dict[str, Any] = value
+    return found
+
+
+def merged(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: merged(left[key], right[key]) if isinstance(left[key], dict) else right[key]
+        for key in left.keys() & right.keys()
+    }
+    return {**left, **right, **both}
+
+
+def problems(*settings: tuple[str, Any]) -> tuple[str, ...]:
+    values: dict[str, Any] = {}
+    for path, value in settings:
+        values = merged(values, nested(path, value))
+    try:
+        from_mapping(values)
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+LOWEST: dict[str, int] = {
+    "seed": 0,
+    "model.max_length": 3,
+    "adapter.rank": 1,
+    "optimizer.steps": 1,
+    "optimizer.expected_batch": 1,
+    "federation.clients": 1,
+    "federation.clients_per_round": 1,
+    "federation.rounds": 1,
+    "federation.min_clients": 1,
+    "federation.evaluate_every": 1,
+    "federation.average_rounds": 1,
+    "kernels.physical_batch": 1,
+    "kernels.prefix_cache_mb": 0,
+    "privacy.max_joins": 1,
+    "data.max_examples": 1,
+    "kernels.threads": 1,
+}
+
+POSITIVE = (
+    *("model.head.label_scale", "adapter.alpha", "privacy.epsilon", "privacy.clip_norm"),
+    *("optimizer.learning_rate", "model.head.feature_scale", "partition.alpha"),
+    *("method.update_norm_bound", "optimizer.head_learning_rate"),
+)
+
+WITHIN: dict[str, tuple[float, float]] = {
+    "optimizer.momentum": (0.0, 0.999),
+    "data.validation_fraction": (0.01, 0.9),
+    "privacy.delta": (1e-15, 0.5),
+    "privacy.head_share": (0.001, 0.999),
+}
+
+RANGES = [
+    *((path, low - 1) for path, low in LOWEST.items()),
+    *((path, value) for path in POSITIVE for value in (0.0, -1.0, math.nan, math.inf)),
+    *((path, low - 1e-3 * max(low, 1)) for path, (low, _) in WITHIN.items()),
+    *((path, high + 1e-3) for path, (_, high) in WITHIN.items()),
+    *((path, math.nan) for path in WITHIN),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), RANGES)
+def test_a_value_out_of_its_range_is_named(path: str, value: float) -> None:
+    found = [text for text in problems((path, value)) if text.startswith(f"{path} = {value} ")]
+    assert len(found) == 1
+
+
+# What an accepted extreme needs beside it to contradict nothing.
+COMPANY: dict[str, tuple[tuple[str, Any], ...]] = {
+    "federation.clients": (("federation.clients_per_round", 1),),
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *LOWEST.items(),
+        *((path, 1e-12) for path in POSITIVE),
+        *((path, end) for path, ends in WITHIN.items() for end in ends),
+    ],
+)
+def test_the_ends_of_a_range_are_accepted(path: str, value: float) -> None:
+    assert problems((path, value), *COMPANY.get(path, ())) == ()
+
+
+def test_every_field_with_a_range_is_in_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each checker of `range_problems` is called for exactly the names tested above."""
+    seen: list[str] = []
+
+    class Spy:
+        def __getattr__(self, _: str) -> Any:
+            return lambda name, *_: seen.append(name)
+
+    optional = [
+        *(("model.head.feature_scale", 1.0), ("partition.alpha", 1.0)),
+        *(("method.update_norm_bound", 1.0), ("privacy.delta", 0.1), ("privacy.head_share", 0.5)),
+        *(("privacy.max_joins", 1), ("optimizer.head_learning_rate", 1.0)),
+        *(("data.max_examples", 1), ("kernels.threads", 1)),
+    ]
+    values: dict[str, Any] = {}
+    for path, value in optional:
+        values = merged(values, nested(path, value))
+    config = from_mapping(values)
+    monkeypatch.setattr(rules, "checks", Spy())
+    assert rules.range_problems(config) == []
+    assert sorted(seen) == sorted([*LOWEST, *POSITIVE, *WITHIN])
+
+
+CONTRADICTIONS: list[tuple[tuple[tuple[str, Any], ...], str]] = [
+    ((("federation.clients_per_round", 7),), "federation.clients_per_round = 7"),
+    ((("federation.min_clients", 7),), "federation.min_clients = 7"),
+    ((("federation.average_rounds", 21),), "federation.average_rounds = 21"),
+    ((("partition.kind", "dirichlet"),), "partition.alpha is missing"),
+    ((("data.kind", "file"),), "data.path is missing"),
+    ((("data.kind", "hub"),), "data.name is missing"),
+    ((("data.text_columns", []),), "data.text_columns = []"),
+    ((("data.label_names", ["a", "a"]),), "data.label_names = ['a', 'a']"),
+    (
+        (("privacy.mode", "dry"), ("data.kind", "file"), ("data.path", "x")),
+        "privacy.mode = dry",
+    ),
+    ((("adapter.modules", []),), "adapter.modules is empty"),
+    ((("adapter.layers", []),), "adapter.layers is empty"),
+    ((("model.head.kind", "random_cls"),), "model.head.trained = true"),
+    ((("model.head.trained", False),), "model.head.trained = false"),
+    ((("model.head.kind", "label_text"),), "model.head.feature_scale is missing"),
+    (
+        (
+            *(("method.name", "head_only"), ("model.head.kind", "random_cls")),
+            ("model.head.trained", False),
+        ),
+        "method.name = head_only",
+    ),
+    (
+        (
+            *(("privacy.head_share", 0.5), ("model.head.trained", False)),
+            *(("model.head.kind", "label_text"), ("model.head.feature_scale", 4.0)),
+        ),
+        "privacy.head_share is set",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "start"), CONTRADICTIONS, ids=[c[1] for c in CONTRADICTIONS])
+def test_a_contradiction_is_one_sentence_with_a_way_out(
+    settings: tuple[tuple[str, Any], ...], start: str
+) -> None:
+    (found,) = problems(*settings)
+    assert found.startswith(start)
+    assert "\n" not in found
+
+
+def test_every_cross_rule_is_in_the_table() -> None:
+    plain = RunConfig()
+    groups = (rules._federation_rules, rules._data_rules, rules._model_rules)
+    assert sum(len(group(plain)) for group in groups) == len(CONTRADICTIONS)
+    assert rules.cross_problems(plain) == []
+
+
+CONSISTENT: list[tuple[tuple[str, Any], ...]] = [
+    (("federation.clients_per_round", 6), ("federation.min_clients", 6)),
+    (("federation.average_rounds", 20),),
+    (("partition.kind", "dirichlet"), ("partition.alpha", 0.5)),
+    (("data.kind", "file"), ("data.path", "x")),
+    (("data.kind", "hub"), ("data.name", "x")),
+    (("data.text_columns", ["a", "b"]),),
+    (("data.label_names", ["a", "b"]),),
+    (("privacy.mode", "dry"),),
+    (("privacy.mode", "dry"), ("data.kind", "file"), ("data.path", "x"), ("data.public", True)),
+    (("model.head.kind", "random_cls"), ("model.head.trained", False)),
+    (("model.head.kind", "label_text"), ("model.head.feature_scale", 4.0)),
+    (("method.name", "head_only"),),
+    (("privacy.head_share", 0.5),),
+]
+
+
+@pytest.mark.parametrize("settings", CONSISTENT)
+def test_what_fits_together_is_accepted(settings: tuple[tuple[str, Any], ...]) -> None:
+    assert problems(*settings) == ()

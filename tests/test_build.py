@@ -1,0 +1,112 @@
+"""The composition root: a tiny model from a folder, and what it must not accept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fedlr.build import Workbench, build
+from fedlr.config import RunConfig, from_mapping
+from fedlr.errors import ConfigError, ModelError
+from fedlr.methods.method import Role
+from fedlr.privacy.noise import public_stream
+from fedlr.training.local import LocalTask
+from tests.data.helpers import word_tokenizer
+from tests.models import LONGEST, PAD, VOCABULARY, WIDTH, encoder
+
+
+def saved(model: nn.Module, folder: Path) -> str:
+    saving: Any = model
+    saving.save_pretrained(str(folder))
+    word_tokenizer().save_pretrained(str(folder))
+    return str(folder)
+
+
+def config(name: str, **sections: dict[str, Any]) -> RunConfig:
+    values: dict[str, dict[str, Any]] = {
+        "model": {"name": name, "max_length": LONGEST},
+        "data": {"max_examples": 60},
+        "adapter": {"rank": 2},
+        "federation": {"clients": 3, "clients_per_round": 3},
+        "privacy": {"mode": "dry"},
+        "optimizer": {"expected_batch": 8, "steps": 2},
+    }
+    for section, changes in sections.items():
+        values[section] = {**values.get(section, {}), **changes}
+    return from_mapping(values)
+
+
+@pytest.fixture
+def name(tmp_path: Path) -> str:
+    return saved(encoder("bert", layers=3), tmp_path / "bert")
+
+
+def test_clients_share_the_rows_and_the_layout_is_what_moves(name: str) -> None:
+    bench = build(config(name))
+    assert [plan.name for plan in bench.clients] == [f"client-{i:03d}" for i in range(3)]
+    mine = [set(plan.units.rows.tolist()) for plan in bench.clients]
+    assert set.union(*mine) == set(range(60))
+    assert sum(map(len, mine)) == 60
+    assert {key.site for key in bench.adapted.parameters() if key.role is Role.HEAD} == (
+        bench.layout.head.keys()
+    )
+    assert bench.layout.sites == bench.adapted.sites
+
+
+def train(bench: Workbench) -> dict[Any, torch.Tensor]:
+    state = bench.method.init(bench.layout, torch.Generator().manual_seed(0))
+    task = LocalTask(
+        parts=state.parts,
+        train=frozenset({Role.B, Role.HEAD}),
+        sample_rate=1.0,
+        mechanism=None,
+        sampling=public_stream("t"),
+        noise=public_stream("t"),
+    )
+    return bench.trainer.train(task, bench.clients[0].units)
+
+
+def test_the_prefix_cache_changes_nothing(name: str) -> None:
+    upper = {"layers": [-1]}
+    kept = build(config(name, adapter=upper))
+    none = build(config(name, adapter=upper, kernels={"prefix_cache_mb": 0}))
+    left, right = train(kept), train(none)
+    assert left.keys() == right.keys()
+    for key in left:
+        assert torch.allclose(left[key], right[key], rtol=0, atol=1e-5)
+
+
+def test_noise_is_calibrated_to_the_declared_size(name: str) -> None:
+    bench = build(config(name, privacy={"mode": "dp", "epsilon": 4.0, "accountant": "rdp"}))
+    assert all(plan.noise_multiplier > 0.3 for plan in bench.clients)
+    tighter = build(config(name, privacy={"mode": "dp", "epsilon": 1.0, "accountant": "rdp"}))
+    for one, other in zip(bench.clients, tighter.clients, strict=True):
+        assert other.noise_multiplier > one.noise_multiplier
+
+
+def test_a_delta_of_one_in_n_is_refused(name: str) -> None:
+    """Each of the three clients has 20 rows: δ must be below 1/20."""
+    build(config(name, privacy={"mode": "dp", "delta": 0.04, "accountant": "rdp"}))
+    with pytest.raises(ConfigError, match=r"privacy\.delta = 0\.06 must be < 1/N = 0\.05"):
+        build(config(name, privacy={"mode": "dp", "delta": 0.06, "accountant": "rdp"}))
+
+
+def test_a_model_whose_rows_feel_each_other_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    library: Any = transformers
+    settings = library.FNetConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        intermediate_size=2 * WIDTH,
+        max_position_embeddings=4 * LONGEST,
+        pad_token_id=PAD,
+    )
+    mixing = saved(library.FNetModel(settings), tmp_path / "fnet")
+    with pytest.raises(ModelError, match="computes a row differently"):
+        build(config(mixing, adapter={"modules": ["intermediate.dense"]}))

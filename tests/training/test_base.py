@@ -1,0 +1,233 @@
+"""Loading a base: reproducible, safetensors only, every weight from the file, rows on their own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fedlr.errors import ModelError
+from fedlr.training.base import BaseModel, check_rows_alone, load_base, weights_digest
+from tests.data.helpers import word_tokenizer
+from tests.models import FAMILIES, LONGEST, PAD, VOCABULARY, WIDTH, encoder, rows
+
+NAME = "model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A BERT of two layers with its tokenizer."""
+    return save(encoder("bert"), tmp_path / "base")
+
+
+def save(model: nn.Module, path: Path) -> Path:
+    saving: Any = model
+    saving.save_pretrained(str(path))
+    word_tokenizer().save_pretrained(str(path))
+    return path
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(folder / NAME)
+    edit(weights)
+    save_file(weights, folder / NAME, metadata={"format": "pt"})
+
+
+def test_a_folder_gives_its_own_weights_frozen_in_evaluation_mode(folder: Path) -> None:
+    base = load_base(str(folder))
+    expected = encoder("bert").state_dict()
+    found = base.encoder.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not base.encoder.training
+    for parameter in base.encoder.parameters():
+        assert parameter.dtype == torch.float32
+        assert not parameter.requires_grad
+    again = load_base(str(folder))
+    assert base.base_sha256 == again.base_sha256
+    assert base.tokenizer_sha256 == again.tokenizer_sha256
+
+
+def test_the_digest_names_every_weight_shape_and_value() -> None:
+    one, same, other = encoder("bert", seed=1), encoder("bert", seed=1), encoder("bert", seed=2)
+    assert weights_digest(one) == weights_digest(same) != weights_digest(other)
+    with torch.no_grad():
+        last = list(same.parameters())[-1]
+        last.view(-1)[-1] = torch.nextafter(last.view(-1)[-1], torch.tensor(9.0))
+    assert weights_digest(one) != weights_digest(same)
+    left, right = nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        left.weight.zero_()
+        right.weight.zero_()
+    assert weights_digest(left) != weights_digest(right)
+
+
+def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone(folder: Path) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first = load_base(str(folder), random_seed=5)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(8)
+    again, other = load_base(str(folder), random_seed=5), load_base(str(folder), random_seed=6)
+    trained = load_base(str(folder))
+    digests = [model.base_sha256 for model in (first, again, other, trained)]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+def test_random_weights_are_float32_whatever_the_model_was_trained_in(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "dtype": "bfloat16"}))
+    for seed in (None, 0):
+        loaded = load_base(str(folder), random_seed=seed)
+        assert {value.dtype for value in loaded.encoder.parameters()} == {torch.float32}
+
+
+def test_the_sha256_of_the_file_is_checked(folder: Path) -> None:
+    digest = hashlib.sha256((folder / NAME).read_bytes()).hexdigest()
+    assert load_base(str(folder), sha256=digest).name == str(folder)
+    with pytest.raises(ModelError, match=f"has sha256 {digest}, expected 00"):
+        load_base(str(folder), sha256="00")
+    (folder / NAME).unlink()
+    with pytest.raises(ModelError, match=r"holds no model\.safetensors"):
+        load_base(str(folder), sha256=digest)
+
+
+def test_a_folder_of_pickles_is_refused(folder: Path) -> None:
+    torch.save(load_file(folder / NAME), folder / "pytorch_model.bin")
+    (folder / NAME).unlink()
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*model\.safetensors"):
+        load_base(str(folder))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "owner/no-such-model"])
+def test_what_does_not_exist_is_refused(tmp_path: Path, name: str) -> None:
+    path = name if "/" in name else str(tmp_path / name)
+    with pytest.raises(ModelError, match=r"model\.name = .* cannot be loaded"):
+        load_base(path)
+
+
+def test_a_damaged_file_is_refused(folder: Path) -> None:
+    (folder / NAME).write_bytes((folder / NAME).read_bytes()[:100])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_base(str(folder))
+
+
+def test_a_file_of_another_shape_is_refused(folder: Path) -> None:
+    change(folder, lambda w: w.update({"embeddings.word_embeddings.weight": torch.zeros(3, 3)}))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_base(str(folder))
+
+
+def test_a_file_without_some_of_the_encoder_is_refused(folder: Path) -> None:
+    """Transformers would draw them at random and say so only in a log."""
+
+    def drop(weights: dict[str, torch.Tensor]) -> None:
+        del weights["encoder.layer.1.attention.self.query.weight"]
+
+    change(folder, drop)
+    with pytest.raises(ModelError, match=r"lacks encoder\.layer\.1\.attention\.self\.query"):
+        load_base(str(folder))
+
+
+def test_a_file_without_a_pooler_has_one_digest(folder: Path) -> None:
+    """Many published encoders have none (RoBERTa); a random one would differ between sites."""
+
+    def drop(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if name.startswith("pooler")]:
+            del weights[name]
+
+    whole = load_base(str(folder))
+    change(folder, drop)
+    first, second = load_base(str(folder)), load_base(str(folder))
+    assert first.base_sha256 == second.base_sha256 != whole.base_sha256
+    batch = rows([4, 6]).batch(np.array([0, 1])).inputs()
+    with torch.no_grad():
+        assert torch.equal(
+            first.encoder(**batch).last_hidden_state, whole.encoder(**batch).last_hidden_state
+        )
+
+
+def test_a_model_that_brings_its_own_code_is_refused(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModel": "own.M"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text("raise SystemExit('code of the author ran')\n")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_base(str(folder))
+
+
+def test_the_embedded_model_is_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlr.training.base.EMBEDDED_PACKAGE", "no_such_package")
+    with pytest.raises(ModelError, match=r"pip install 'fedlr\[demo\]'"):
+        load_base("embedded")
+    fake = save(encoder("bert"), tmp_path / "fake")
+    (tmp_path / "fake_package.py").write_text(f"def get_model_path(): return {str(fake)!r}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("fedlr.training.base.EMBEDDED_PACKAGE", "fake_package")
+    with pytest.raises(ModelError, match="not the published ones"):
+        load_base("embedded")
+
+
+def bare(model: nn.Module) -> BaseModel:
+    return BaseModel(model, word_tokenizer(), "", "", "some/model")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_the_usual_encoders_stand_alone(family: str) -> None:
+    check_rows_alone(bare(encoder(family)), LONGEST)
+    check_rows_alone(bare(encoder(family)), 1000)  # capped at the model's positions
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "ConvBert": {"embedding_size": WIDTH, "head_ratio": 1, "conv_kernel_size": 3},
+    "FNet": {},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_encoders_whose_rows_feel_their_neighbours_are_refused(kind: str) -> None:
+    """Removing the longest row of a batch would change all the others' gradients."""
+    import transformers
+
+    library: Any = transformers
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 2 * WIDTH,
+        "max_position_embeddings": 4 * LONGEST,
+        "pad_token_id": PAD,
+        "initializer_range": 0.2,
+    }
+    settings = getattr(library, f"{kind}Config")(**sizes, **OTHERS[kind])
+    model = getattr(library, f"{kind}Model")(settings).eval()
+    with pytest.raises(ModelError, match="computes a row differently beside a longer one"):
+        check_rows_alone(bare(model), LONGEST)
+
+
+class Picky(nn.Module):
+    """Needs more than tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = type("Config", (), {"vocab_size": VOCABULARY})
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        raise ValueError("pixel_values are missing")
+
+
+def test_an_encoder_that_needs_other_inputs_is_refused() -> None:
+    with pytest.raises(ModelError, match="token ids and a mask alone: pixel_values are missing"):
+        check_rows_alone(bare(Picky()), LONGEST)
