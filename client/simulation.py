@@ -40,6 +40,7 @@ def _policy(workbench: Workbench, plan: ClientPlan) -> SitePolicy:
         head_share=config.privacy.head_share,
         noise_multiplier=plan.noise_multiplier,
         delta=plan.delta,
+        epsilon=config.privacy.epsilon,
         unit=config.privacy.unit,
         max_joins=max_joins(config),
         accountant=config.privacy.accountant,

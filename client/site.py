@@ -42,6 +42,7 @@ class SitePolicy:
         head_share: Share of C² of a trained head; None clips jointly.
         noise_multiplier: σ, calibrated for ``max_joins``; 0 unless ``mode=dp``.
         delta: δ.
+        epsilon: ε that no round may take this site above.
         unit: Unit of privacy.
         max_joins: Rounds this site may join before it stops.
         accountant: Accountant of the reported ε.
@@ -56,6 +57,7 @@ class SitePolicy:
     head_share: float | None
     noise_multiplier: float
     delta: float
+    epsilon: float
     unit: Literal["example", "user"]
     max_joins: int
     accountant: Accountant
@@ -68,6 +70,7 @@ class SitePolicy:
         checks.positive("clip_norm", self.clip_norm)
         checks.non_negative("noise_multiplier", self.noise_multiplier)
         checks.at_least("max_joins", self.max_joins, 1)
+        checks.positive("epsilon", self.epsilon)
         if (self.mode == "dp") != (self.noise_multiplier > 0):
             raise ValueError(
                 f"noise_multiplier = {self.noise_multiplier} does not fit mode = {self.mode!r}: it "
@@ -124,8 +127,9 @@ class Site:
             In mode ``dp`` the round's events are durable in the ledger before
             the first gradient, and committed before the update is returned. An
             interrupted round counts as spent in full. Whatever goes wrong, only
-            a code of `fedlr.training.jobs.ABSTENTION_CODES` is returned; the
-            reason is logged on the site's own console.
+            a code of `fedlr.training.jobs.ABSTENTION_CODES` and the ε spent are
+            returned; the reason is logged on the site's own console. Not to be
+            called from two threads at once: the model is shared.
         """
         return [self._answer(job) for job in jobs]
 
@@ -144,7 +148,7 @@ class Site:
             return self._abstain("ledger")
         except Exception:
             _log.exception("%s: the round failed", self.policy.client)
-            return self._abstain("failed")
+            return self._fail()
 
     def _problem(self, job: Job) -> str | None:
         """Say what is wrong with a job, before anything is reserved for it."""
@@ -161,30 +165,41 @@ class Site:
         return None
 
     def _train(self, job: Job) -> ClientUpdate | Abstention:
-        """Reserve, train, commit."""
+        """Reserve, train, commit; stop before a round that would exceed the budget."""
         policy, steps = self.policy, self._trainer.settings.steps
-        mechanism = None
         spent: float | None = None
         if policy.mode == "none":
             trained = self._run(job, None)
         else:
             if self._ledger.joins() >= policy.max_joins:
                 return self._abstain("max_joins")
-            mechanism = Mechanism(
-                clip_norm=policy.clip_norm,
-                groups=clip_groups(self._trained_keys(job), policy.clip_norm, policy.head_share),
-                noise_multiplier=policy.noise_multiplier,
-                expected_batch=policy.expected_batch,
-            )
+            mechanism = self._mechanism(job)
             release = Release(policy.noise_multiplier, policy.sample_rate, steps, policy.unit)
+            spent = self._epsilon(release)
+            if policy.mode == "dp" and spent > policy.epsilon:
+                return self._abstain("budget")
             key = self._key(job)
-            self._ledger.reserve(key, release)
+            if not self._ledger.reserve(key, release, policy.max_joins):
+                return self._abstain("max_joins")
             trained = self._run(job, mechanism)
             self._ledger.commit(key, release)
-            spent = epsilon(self._ledger.spent(), policy.delta, policy.accountant)
         self._released = ((job.run, job.round), trained)
         sent = {key: value for key, value in trained.items() if key.role in job.send}
         return ClientUpdate(client=policy.client, parts=sent, steps=steps, epsilon=spent)
+
+    def _mechanism(self, job: Job) -> Mechanism:
+        policy = self.policy
+        return Mechanism(
+            clip_norm=policy.clip_norm,
+            groups=clip_groups(self._trained_keys(job), policy.clip_norm, policy.head_share),
+            noise_multiplier=policy.noise_multiplier,
+            expected_batch=policy.expected_batch,
+        )
+
+    def _epsilon(self, *planned: Release) -> float:
+        """Return ε of everything in the ledger and of what is planned."""
+        events = (*self._ledger.spent(), *planned)
+        return epsilon(events, self.policy.delta, self.policy.accountant)
 
     def _run(self, job: Job, mechanism: Mechanism | None) -> dict[PartKey, torch.Tensor]:
         sampling, noise = self._streams(job)
@@ -240,3 +255,13 @@ class Site:
 
     def _abstain(self, code: str) -> Abstention:
         return Abstention(self.policy.client, code)
+
+    def _fail(self) -> Abstention:
+        """Answer ``failed`` with the ε spent: what was booked for the round stays paid."""
+        if self.policy.mode == "none":
+            return self._abstain("failed")
+        try:
+            return Abstention(self.policy.client, "failed", self._epsilon() or None)
+        except LedgerError as error:
+            _log.error("%s: the ledger cannot be read: %s", self.policy.client, error)
+            return self._abstain("failed")

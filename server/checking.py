@@ -15,17 +15,18 @@ from torch import Tensor
 from fedlr.errors import BadUpdate
 from fedlr.methods import shared
 from fedlr.methods.method import ClientUpdate, GlobalState, PartKey, Phase, Role
+from fedlr.training.jobs import Abstention
 
 LARGEST_NORM = 1e18
 """Norm above which an array is refused in any case: the product of two larger
 ones would leave the range of float32 and spoil the model of all."""
 
 
-def check_claims(update: ClientUpdate, client: str) -> None:
-    """Check what an update says of its sender.
+def check_claims(update: ClientUpdate | Abstention, client: str) -> None:
+    """Check what an update or an abstention says of its sender.
 
     Args:
-        update: The update as received.
+        update: The answer as received.
         client: Identifier of the node it came from.
 
     Raises:

@@ -122,12 +122,12 @@ class OpenRound:
             return FAILED
         try:
             outcome = read_outcome(reply)
-            if isinstance(outcome, Abstention):
-                return outcome.code
             check_claims(outcome, member.client)
-            self.bytes_up += codec.size_in_bytes(outcome.parts)
             if outcome.epsilon is not None:
                 self.epsilon[member.client] = outcome.epsilon
+            if isinstance(outcome, Abstention):
+                return outcome.code
+            self.bytes_up += codec.size_in_bytes(outcome.parts)
             check_update(outcome, self.state, phase, bound)
         except BadUpdate as error:
             _log.warning("round %d: %s refused: %s", self.number, member.client, error)

@@ -39,6 +39,15 @@ class AdaptedModel:
         found.update({PartKey(name, Role.HEAD): value for name, value in self.head.items()})
         return found
 
+    def base_norms(self) -> dict[AdapterSite, float]:
+        """Return ‖W‖, the Frobenius norm of the frozen base weight, of every site."""
+        norms = {}
+        for site in self.sites:
+            layer = self.encoder.get_submodule(f"base_model.model.{site.name}")
+            weight = layer.get_submodule("base_layer").get_parameter("weight")
+            norms[site] = float(weight.detach().float().norm())
+        return norms
+
     def read(self, roles: Collection[Role]) -> dict[PartKey, Tensor]:
         """Return copies of the arrays of ``roles``: float32 on the CPU."""
         return {

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlr.cli.compose import choices, compose, compose_mapping
+from fedlr.cli.results import summarise, write_results
 from fedlr.config import RunConfig, to_json
+from fedlr.errors import RunError
 from fedlr.report.folder import check_output, create_run_folder, write_config
 from fedlr.report.live import LiveProgress
-from fedlr.report.plots import curves
-from fedlr.report.records import ClientSummary, RoundLog, Summary, write_summary
+from fedlr.report.records import RoundLog
 from fedlr.report.tables import show_closing
 
 if TYPE_CHECKING:
@@ -67,20 +68,24 @@ def simulate(config: RunConfig) -> Path:
         config: A checked configuration; ``federation.engine`` is ``local``.
 
     Raises:
-        FedlrError: The run cannot be built or started; what had been written
-            stays, nothing of another run is touched.
+        FedlrError: The run cannot be built or started, or completed no round; what
+            had been written stays, nothing of another run is touched.
     """
     from fedlr.build import build
 
     started = time.monotonic()
-    check_output(Path(config.output))
+    check_output(Path(config.output), config.name)
     workbench = build(config, _say)
     folder = create_run_folder(Path(config.output), config.name, datetime.now())
     write_config(folder, to_json(config))
     outcome = run_federation(workbench, folder)
     summary = summarise(workbench, outcome, time.monotonic() - started)
-    _write_results(workbench, outcome, summary, folder)
+    write_results(workbench, outcome, summary, folder)
     show_closing(summary, outcome.records, sys.stdout)
+    if summary.rounds == 0:
+        raise RunError(
+            f"no round was completed; {outcome.stopped_reason}. What was recorded is in {folder}"
+        )
     return folder
 
 
@@ -129,62 +134,6 @@ def run_federation(workbench: Workbench, folder: Path) -> Outcome:
     }
     run_in_process(server, InProcessGrid(client, nodes))
     return finished[0]
-
-
-def summarise(workbench: Workbench, outcome: Outcome, wall_s: float) -> Summary:
-    """Return the summary of a run; every number in it is public."""
-    config, records = workbench.config, outcome.records
-    private = config.privacy.mode != "none"
-    sent = max(1, sum(len(record.cohort) for record in records))
-    accepted = max(1, sum(record.accepted for record in records))
-    clients = tuple(
-        ClientSummary(
-            client=plan.name,
-            joins=outcome.joins.get(plan.name, 0),
-            steps=outcome.steps.get(plan.name, 0),
-            noise_multiplier=plan.noise_multiplier if private else None,
-            epsilon=_spent(outcome.epsilon, plan.name) if private else None,
-        )
-        for plan in workbench.clients
-    )
-    stopped = (outcome.stopped_reason,) if outcome.stopped_reason else ()
-    return Summary(
-        method=config.method.name,
-        model=workbench.base.name,
-        data=config.data.name or config.data.path or config.data.kind,
-        data_sha256=workbench.data.publishable_sha256,
-        label_names=workbench.data.label_names,
-        majority=workbench.majority,
-        rounds=len(records),
-        privacy_mode=config.privacy.mode,
-        bytes_up=sum(record.bytes_up for record in records) // accepted,
-        bytes_down=sum(record.bytes_down for record in records) // sent,
-        wall_s=wall_s,
-        server_s=sum(record.server_s for record in records),
-        clients=clients,
-        accuracy_start=outcome.accuracy_start,
-        accuracy=outcome.accuracy,
-        unit=config.privacy.unit if private else None,
-        accountant=config.privacy.accountant if private else None,
-        epsilon_max=max((client.epsilon or 0.0 for client in clients), default=0.0)
-        if private
-        else None,
-        epsilon_budget=config.privacy.epsilon if config.privacy.mode == "dp" else None,
-        delta=max(plan.delta for plan in workbench.clients) if private else None,
-        notices=(*workbench.notices, *outcome.notices, *stopped),
-    )
-
-
-def _spent(epsilon: Mapping[str, float], client: str) -> float:
-    return epsilon.get(client, 0.0)
-
-
-def _write_results(workbench: Workbench, outcome: Outcome, summary: Summary, folder: Path) -> None:
-    from fedlr.build import save_result
-
-    save_result(workbench, outcome.parts, folder / "adapter")
-    curves(outcome.records, summary, folder / "curves.png")
-    write_summary(folder / "summary.json", summary)
 
 
 def _say(line: str) -> None:

@@ -40,6 +40,10 @@ class Role(StrEnum):
     """A trained parameter of the classification head, any shape."""
 
 
+MODEL_ROLES = frozenset({Role.A, Role.B, Role.HEAD})
+"""Roles whose arrays are parameters of the adapted model itself."""
+
+
 class PartKey(NamedTuple):
     """Address of one array: (site name, role). A head parameter's site is its own name."""
 

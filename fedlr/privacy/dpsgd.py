@@ -10,6 +10,9 @@ arrays of one unit jointly, or over groups with bounds C_g, Σ C_g² ≤ C²; ei
 one unit changes the sum by at most C in Euclidean norm, so that the step is the
 mechanism that `fedlr.privacy.events.Release` records. L is public and fixed: the
 size of the batch that was drawn is used for nothing.
+
+The bound C holds up to float32 rounding: a row computed in another batch differs in
+its last bits. `fedlr.training.local` refuses broadcasts large enough to amplify that.
 """
 
 from __future__ import annotations

@@ -83,8 +83,18 @@ class Ledger(Protocol):
         covers all that can have left the process.
     """
 
-    def reserve(self, key: JobKey, event: Release) -> None:
+    def reserve(self, key: JobKey, event: Release, max_joins: int | None = None) -> bool:
         """Book the most that the job can release, before its first gradient.
+
+        Args:
+            key: The job.
+            event: The most that it can release.
+            max_joins: Keys this ledger may hold, the new one included; counted in
+                the same transaction, so two processes cannot exceed it jointly.
+                None: no bound.
+
+        Returns:
+            True; False where ``max_joins`` is reached, and nothing is booked.
 
         Raises:
             LedgerError: The key was ever reserved before, committed or not.
@@ -127,12 +137,15 @@ class MemoryLedger:
         self._lock = threading.Lock()
         self._closed = False
 
-    def reserve(self, key: JobKey, event: Release) -> None:
+    def reserve(self, key: JobKey, event: Release, max_joins: int | None = None) -> bool:
         """See `Ledger.reserve`."""
         with self._open():
             if key in self._reserved:
                 raise LedgerError(_known(key))
+            if max_joins is not None and len(self._reserved) >= max_joins:
+                return False
             self._reserved[key] = event
+            return True
 
     def commit(self, key: JobKey, event: Release) -> None:
         """See `Ledger.commit`."""
@@ -200,12 +213,15 @@ class SqliteLedger:
             _create_file(self._path, source_id)
         self.source_id = self._check(source_id)
 
-    def reserve(self, key: JobKey, event: Release) -> None:
+    def reserve(self, key: JobKey, event: Release, max_joins: int | None = None) -> bool:
         """See `Ledger.reserve`."""
         with self._transaction() as database:
             if _row(database, key) is not None:
                 raise LedgerError(_known(key))
+            if max_joins is not None and _joins(database) >= max_joins:
+                return False
             database.execute(_INSERT, (*astuple(key), event.to_json()))
+            return True
 
     def commit(self, key: JobKey, event: Release) -> None:
         """See `Ledger.commit`."""
@@ -228,7 +244,7 @@ class SqliteLedger:
     def joins(self) -> int:
         """See `Ledger.joins`."""
         with self._transaction() as database:
-            return int(database.execute("SELECT COUNT(*) FROM entries").fetchone()[0])
+            return _joins(database)
 
     def close(self) -> None:
         """See `Ledger.close`."""
@@ -370,6 +386,10 @@ def _meta(database: sqlite3.Connection, name: str) -> str:
 def _row(database: sqlite3.Connection, key: JobKey) -> Any:
     """Return (reserved, committed) of a key, or None."""
     return database.execute(_SELECT, astuple(key)).fetchone()
+
+
+def _joins(database: sqlite3.Connection) -> int:
+    return int(database.execute("SELECT COUNT(*) FROM entries").fetchone()[0])
 
 
 def _check_covered(reserved: Release, actual: Release) -> None:

@@ -20,8 +20,9 @@ PACKAGES = ("torch", "flwr", "opacus", "transformers", "peft", "flwr-datasets", 
 """Whose versions are written beside the configuration."""
 
 
-def check_output(output: Path) -> None:
-    """Raise RunError now if run folders could not be made in ``output``; makes nothing."""
+def check_output(output: Path, name: str) -> None:
+    """Raise RunError now if `create_run_folder` would refuse; makes nothing."""
+    _check_name(name)
     existing = next(
         path for path in (output.absolute(), *output.absolute().parents) if path.exists()
     )
@@ -47,8 +48,7 @@ def create_run_folder(output: Path, name: str, now: datetime) -> Path:
     Raises:
         RunError: The name has other characters, or the place cannot be written.
     """
-    if not name or not all(letter.isalnum() or letter in "._-" for letter in name):
-        raise RunError(f"name = {name!r} must be letters, digits, '.', '_' or '-'; change it")
+    _check_name(name)
     parent = output / now.strftime("%Y-%m-%d")
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +67,11 @@ def create_run_folder(output: Path, name: str, now: datetime) -> Path:
             "folder of your own with output=<folder>"
         ) from error
     raise RunError(f"{parent} holds 1000 runs of this second; wait, or change name=")
+
+
+def _check_name(name: str) -> None:
+    if not name or not all(letter.isalnum() or letter in "._-" for letter in name):
+        raise RunError(f"name = {name!r} must be letters, digits, '.', '_' or '-'; change it")
 
 
 def write_config(folder: Path, config_json: str) -> None:

@@ -11,11 +11,9 @@ from torch.nn import functional
 from fedlr import checks
 from fedlr.adapters.surgery import AdaptedModel
 from fedlr.data.batching import TokenisedDataset, physical_batches
-from fedlr.methods.method import Parts, Role
+from fedlr.methods.method import MODEL_ROLES, Parts
 
 from .classifier import Classifier
-
-_MOVABLE = frozenset({Role.A, Role.B, Role.HEAD})
 
 
 class Evaluator:
@@ -44,7 +42,7 @@ class Evaluator:
 
     def __call__(self, parts: Parts) -> tuple[float, float]:
         """Return (accuracy in 0–1, mean cross-entropy in nats); a NaN loss is returned as ∞."""
-        self._adapted.write({key: value for key, value in parts.items() if key.role in _MOVABLE})
+        self._adapted.write({key: value for key, value in parts.items() if key.role in MODEL_ROLES})
         correct, loss = 0, 0.0
         with torch.inference_mode():
             for rows in self._pieces:

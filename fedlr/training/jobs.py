@@ -48,7 +48,8 @@ class Provenance:
     Attributes:
         base: sha256 of the base weights.
         tokenizer: sha256 of the tokenizer.
-        labels: sha256 of the label list and head description.
+        labels: sha256 of the label list and of the configuration of head and
+            adapters: what must agree for arrays of equal shape to mean the same.
         codec: Schema name of the arrays.
     """
 
@@ -66,7 +67,7 @@ class Job:
         run: Identifier of the federation run.
         round: Zero-based round.
         phase: Index of the phase in the round.
-        nonce: Unique per (run, round, phase, client); the server journals it first.
+        nonce: Unique per (run, round, phase, client); a site books each one once.
         train: Roles to train; empty for a projecting phase.
         send: Roles to send back.
         parts: What the server broadcasts before the phase.
@@ -94,10 +95,13 @@ class Abstention:
     Attributes:
         client: Stable public identifier of the client.
         code: One of `ABSTENTION_CODES`.
+        epsilon: ε spent by this site so far, given with ``failed``: a round that was
+            booked and cut short is spent too. None where nothing was booked.
     """
 
     client: str
     code: str
+    epsilon: float | None = None
 
     def __post_init__(self) -> None:
         checks.one_of("code", self.code, ABSTENTION_CODES)
@@ -161,12 +165,16 @@ def decode_job(arrays: Arrays, header: Mapping[str, Any]) -> Job:
 
 def encode_outcome(outcome: ClientUpdate | Abstention) -> tuple[Arrays, Header]:
     """Return the record of an update or an abstention; `decode_outcome` is its inverse."""
-    if isinstance(outcome, Abstention):
-        return {}, {"client": outcome.client, "code": outcome.code}
-    header: Header = {"client": outcome.client, "steps": outcome.steps, "codec": codec.SCHEMA}
+    header: Header = {"client": outcome.client}
     if outcome.epsilon is not None:
         header["epsilon"] = float(outcome.epsilon)
-    return codec.encode(outcome.parts), header
+    if isinstance(outcome, Abstention):
+        return {}, {**header, "code": outcome.code}
+    return codec.encode(outcome.parts), {
+        **header,
+        "steps": outcome.steps,
+        "codec": codec.SCHEMA,
+    }
 
 
 def decode_outcome(arrays: Arrays, header: Mapping[str, Any]) -> ClientUpdate | Abstention:
@@ -176,9 +184,10 @@ def decode_outcome(arrays: Arrays, header: Mapping[str, Any]) -> ClientUpdate | 
         BadUpdate: A missing or malformed field (``names``), or a bad array.
     """
     try:
-        if "code" in header:
-            return Abstention(str(header["client"]), str(header["code"]))
         epsilon = header.get("epsilon")
+        if "code" in header:
+            spent = None if epsilon is None else float(epsilon)
+            return Abstention(str(header["client"]), str(header["code"]), spent)
         return ClientUpdate(
             client=str(header["client"]),
             parts=codec.decode(arrays, str(header["codec"])),

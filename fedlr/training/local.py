@@ -18,12 +18,18 @@ from torch import Tensor, nn
 from fedlr import checks
 from fedlr.adapters.surgery import AdaptedModel
 from fedlr.data.batching import Batch, TokenisedDataset, UnitIndex, physical_positions
-from fedlr.methods.method import PartKey, Parts, Role
+from fedlr.methods.method import MODEL_ROLES, PartKey, Parts, Role
 from fedlr.privacy.dpsgd import ClippedSum, Mechanism, private_gradient
 from fedlr.privacy.gradients import GRADIENTS, UnitGradients
 from fedlr.privacy.noise import Stream
 
 from .classifier import Classifier
+
+LARGEST_UPDATE = 30.0
+"""Largest accepted s·‖B‖·‖A‖ of a broadcast, in units of ‖W‖ (Frobenius)."""
+
+LARGEST_HEAD = 1000.0
+"""Largest accepted Frobenius norm of a broadcast head array."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,8 @@ class LocalTrainer:
     ) -> None:
         self._classifier = classifier.eval()
         self._adapted = adapted
-        self._fresh = adapted.read(frozenset({Role.A, Role.B, Role.HEAD}))
+        self._fresh = adapted.read(MODEL_ROLES)
+        self._limits = {site: LARGEST_UPDATE * norm for site, norm in adapted.base_norms().items()}
         self._data = data
         self._lengths = data.lengths
         self._device = device
@@ -117,7 +124,8 @@ class LocalTrainer:
 
         Raises:
             ValueError: An array that trains is missing, one is unknown, of another
-                shape or not finite, or a role has no array.
+                shape, not finite, or too large (`LARGEST_UPDATE`, `LARGEST_HEAD`),
+                or a role has no array.
         """
         self._adapted.check(parts)
         expected = self._adapted.parameters()
@@ -128,6 +136,27 @@ class LocalTrainer:
         for key, value in parts.items():
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{key.site}/{key.role} holds NaN or infinite entries")
+        self._check_sizes({**self._fresh, **parts})
+
+    def _check_sizes(self, parts: Parts) -> None:
+        """Refuse factors or heads so large that rounding would couple rows.
+
+        A row's gradient is independent of its companions up to float32 rounding.
+        Huge factors amplify that rounding until the sum's sensitivity exceeds C.
+        """
+        for site, limit in self._limits.items():
+            b, a = parts[PartKey(site.name, Role.B)], parts[PartKey(site.name, Role.A)]
+            size = site.scaling * float(b.norm()) * float(a.norm())
+            if not size <= limit:
+                raise ValueError(
+                    f"{site.name}: s·‖B‖·‖A‖ = {size:.3g} must be ≤ {limit:.3g}, "
+                    f"{LARGEST_UPDATE:g} times the norm of the base weight"
+                )
+        for key, value in parts.items():
+            if key.role is Role.HEAD and not float(value.norm()) <= LARGEST_HEAD:
+                raise ValueError(
+                    f"{key.site}: ‖head‖ = {float(value.norm()):.3g} must be ≤ {LARGEST_HEAD:g}"
+                )
 
     def train(self, task: LocalTask, units: UnitIndex) -> dict[PartKey, Tensor]:
         """Run the round and return the trained arrays (float32, CPU).

@@ -15,6 +15,7 @@ NEEDED = {
     "data=hub": "data.name=owner/set",
     "model=encoder": "model.name=owner/model",
     "method=head_only": "model/head=linear",
+    "experiment=sst2": "data.path=some/folder",
 }
 CASES = [f"{group}={name}" for group, names in choices().items() for name in names]
 

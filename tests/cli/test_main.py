@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedlr.cli.main import main
+from fedlr.methods.registry import METHODS
 from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report.records import read_rounds, read_summary
@@ -117,10 +119,10 @@ def test_a_tiny_private_run_leaves_a_complete_folder(tmp_path: Path) -> None:
     assert summary.bytes_up == 2 * (4 * 384 + 1536) * 8 * 4
     assert [record.round for record in read_rounds(folder / "rounds.jsonl")] == [1, 2, 3]
     assert "round 3/3" in found.stderr
-    check_ledgers(folder)
+    check_ledgers(folder, joins=3)
 
 
-def check_ledgers(folder: Path) -> None:
+def check_ledgers(folder: Path, joins: int) -> None:
     """ε of the summary is what the ledgers give, event by event."""
     summary = read_summary(folder / "summary.json")
     assert summary.clients
@@ -128,7 +130,8 @@ def check_ledgers(folder: Path) -> None:
         ledger = SqliteLedger(folder / "ledgers" / f"{client.client}.sqlite")
         assert summary.delta is not None
         assert client.epsilon == epsilon(ledger.spent(), summary.delta)
-        assert ledger.joins() == client.joins == summary.rounds
+        assert ledger.joins() == joins
+        assert client.joins == summary.rounds
 
 
 def test_privacy_off_reports_no_epsilon(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -138,6 +141,36 @@ def test_privacy_off_reports_no_epsilon(here: Path, capfd: pytest.CaptureFixture
     assert raw["epsilon_max"] is None
     assert raw["delta"] is None
     assert "off" in out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(here: Path, capfd: pytest.CaptureFixture[str], method: str) -> None:
+    words = ["simulate", "debug=tiny", "federation.rounds=1", f"method={method}", "privacy=dry"]
+    if method == "head_only":
+        words.append("model/head=linear")
+    assert main(words) == 0
+    summary = read_summary(here / capfd.readouterr().out.splitlines()[-1] / "summary.json")
+    assert [client.joins for client in summary.clients] == [1, 1, 1]
+    assert summary.epsilon_max == math.inf
+
+
+def test_a_run_that_completes_no_round_fails(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("row 17 says something")
+
+    monkeypatch.setattr("fedlr.training.local.LocalTrainer.train", broken)
+    assert main(["simulate", "debug=tiny"]) == 7
+    found = capfd.readouterr()
+    assert "no round was completed" in found.err
+    folder = next(here.rglob("summary.json")).parent
+    summary = read_summary(folder / "summary.json")
+    assert summary.rounds == 0
+    check_ledgers(folder, joins=1)  # what was booked is spent, and reported so
+    assert "row 17" not in "".join(
+        path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()
+    )
 
 
 def test_ctrl_c_is_not_a_traceback(

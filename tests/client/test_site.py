@@ -40,6 +40,7 @@ def policy(**changes: Any) -> SitePolicy:
         "head_share": None,
         "noise_multiplier": SIGMA,
         "delta": 1e-3,
+        "epsilon": 1e6,
         "unit": "example",
         "max_joins": 3,
         "accountant": "rdp",
@@ -59,9 +60,9 @@ class SpyLedger(MemoryLedger):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def reserve(self, key: JobKey, event: Release) -> None:
+    def reserve(self, key: JobKey, event: Release, max_joins: int | None = None) -> bool:
         self.calls.append("reserve")
-        super().reserve(key, event)
+        return super().reserve(key, event, max_joins)
 
     def commit(self, key: JobKey, event: Release) -> None:
         self.calls.append("commit")
@@ -173,13 +174,23 @@ ERRORS: list[Exception] = [
 def test_a_round_that_breaks_counts_whole_and_says_only_failed(error: Exception) -> None:
     one = bench(error=error)
     outcome = one.ask()
-    assert outcome == Abstention("client-000", "failed")
+    # What was booked is spent, and the server must know: δ as in `policy`.
+    assert outcome == Abstention("client-000", "failed", epsilon([RELEASE], 1e-3, "rdp"))
     assert SECRET not in repr(outcome) + repr(jobs.encode_outcome(outcome))
     assert one.calls == ["reserve", "train"]
     assert one.ledger.spent() == (RELEASE,)
     assert one.ledger.joins() == 1
     one.trainer.error = None
     assert one.update(nonce="nonce-1").epsilon == epsilon([RELEASE, RELEASE], 1e-3, "rdp")
+
+
+def test_a_round_that_would_exceed_the_budget_is_refused_before_it_is_booked() -> None:
+    one_round, two_rounds = (epsilon([RELEASE] * count, 1e-3, "rdp") for count in (1, 2))
+    one = bench(epsilon=(one_round + two_rounds) / 2)
+    assert one.update().epsilon == one_round
+    assert one.ask(nonce="nonce-1") == Abstention("client-000", "budget")
+    assert one.ledger.joins() == 1
+    assert one.ledger.spent() == (RELEASE,)
 
 
 def test_an_interrupted_round_counts_whole() -> None:

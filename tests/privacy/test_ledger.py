@@ -53,6 +53,27 @@ class LedgerContract(ABC):
         assert ledger.spent() == (EVENT,)
         assert ledger.joins() == 1
 
+    def test_a_join_above_the_bound_books_nothing(self, ledger: Ledger) -> None:
+        assert ledger.reserve(key(0), EVENT, max_joins=2)
+        assert ledger.reserve(key(1), EVENT, max_joins=2)
+        assert not ledger.reserve(key(2), EVENT, max_joins=2)
+        assert ledger.joins() == 2
+        assert ledger.spent() == (replace(EVENT, steps=2 * EVENT.steps),)
+
+    def test_the_bound_holds_for_callers_at_the_same_moment(self, ledger: Ledger) -> None:
+        barrier, booked = threading.Barrier(8), []
+
+        def join(number: int) -> None:
+            barrier.wait()
+            booked.append(ledger.reserve(key(number), EVENT, max_joins=3))
+
+        threads = [threading.Thread(target=join, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(booked) == ledger.joins() == 3
+
     def test_a_commit_replaces_its_reservation(self, ledger: Ledger) -> None:
         ledger.reserve(KEY, EVENT)
         ledger.commit(KEY, replace(EVENT, steps=3))

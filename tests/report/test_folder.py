@@ -26,17 +26,19 @@ def test_two_runs_of_one_second_get_two_folders(tmp_path: Path) -> None:
 def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(RunError, match="name ="):
         create_run_folder(tmp_path, name, NOW)
+    with pytest.raises(RunError, match="name ="):
+        check_output(tmp_path, name)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_output_inside_a_file_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     with pytest.raises(RunError, match="output ="):
-        check_output(tmp_path / "file" / "runs")
+        check_output(tmp_path / "file" / "runs", "name")
     with pytest.raises(RunError, match="output ="):
         create_run_folder(tmp_path / "file" / "runs", "name", NOW)
     assert (tmp_path / "file").read_text() == "kept"
-    check_output(tmp_path / "new" / "runs")
+    check_output(tmp_path / "new" / "runs", "name")
     assert not (tmp_path / "new").exists()
 
 
