@@ -6,8 +6,9 @@ The only file that imports every layer. It starts nothing and releases nothing.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,13 @@ from fedlr.methods.method import Layout, Method, Parts
 from fedlr.methods.registry import METHODS
 from fedlr.methods.registry import build as build_method
 from fedlr.privacy.calibration import noise_multiplier
-from fedlr.training.base import BaseModel, check_rows_alone, load_base
+from fedlr.training.base import (
+    BaseModel,
+    check_capacity,
+    check_rows_alone,
+    load_base,
+    model_size,
+)
 from fedlr.training.classifier import Classifier
 from fedlr.training.evaluate import Evaluator
 from fedlr.training.heads import LinearHead, RandomClsHead, label_embeddings
@@ -47,8 +54,8 @@ class ClientPlan:
     Attributes:
         name: Stable public identifier, ``client-000`` and so on.
         units: Its rows by unit of privacy.
-        declared_size: N, public: the number of units rounded down to two
-            significant digits, as an operator would declare it (`declared_size`).
+        declared_size: N, declared public: the number of units, above 99 rounded
+            down to two significant digits (`declared_size`).
         delta: δ of its guarantee.
         noise_multiplier: σ; 0.0 unless ``privacy.mode=dp``.
     """
@@ -108,9 +115,6 @@ def build(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Wor
     if config.kernels.threads is not None:
         torch.set_num_threads(config.kernels.threads)
     device = _device(config)
-    say("reading the data")
-    data = load(source_spec(config))
-    clients = _clients(config, data, say)
     say(f"loading the model {config.model.name}")
     base = load_base(
         config.model.name,
@@ -119,7 +123,12 @@ def build(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Wor
         config.seed if config.model.random_weights else None,
     )
     base.encoder.to(device)
+    check_capacity(base, config.model.max_length)
     check_rows_alone(base, config.model.max_length)
+    width = model_size(base, "hidden_size")
+    say("reading the data")
+    data = load(source_spec(config))
+    clients = _clients(config, data, say)
     head = build_head(config, base, data.label_names)
     adapter = config.adapter
     encoder, sites = inject(
@@ -147,7 +156,7 @@ def build(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Wor
         method=build_method(config.method.name, SUBSPACES[config.subspace.kind]),
         trainer=LocalTrainer(classifier, adapted, training, local_settings(config), device),
         evaluator=Evaluator(classifier, adapted, validation, size, device),
-        provenance=_provenance(base, head, data.label_names),
+        provenance=provenance(config, base, data.label_names),
         data=data,
         clients=clients,
         majority=float(np.bincount(data.validation.labels).max() / len(data.validation)),
@@ -189,6 +198,7 @@ def source_spec(config: RunConfig) -> SourceSpec:
         max_examples=data.max_examples,
         public=data.public,
         seed=config.seed,
+        split_by_user=config.privacy.unit == "user",
     )
 
 
@@ -217,14 +227,15 @@ def build_head(config: RunConfig, base: BaseModel, label_names: tuple[str, ...])
 
     Raises:
         ConfigError: The number of label texts is not the number of labels.
+        ModelError: The model has no ``hidden_size``: it is no text encoder.
     """
     head, classes = config.model.head, len(label_names)
-    width = int(cast(Any, base.encoder).config.hidden_size)
+    width = model_size(base, "hidden_size")
     if head.kind == "random_cls":
         return RandomClsHead(width, classes, torch.Generator().manual_seed(config.seed))
     if head.kind == "linear":
         return LinearHead(torch.zeros(classes, width), bias=True, feature_scale=head.feature_scale)
-    texts = head.label_texts or tuple(LABEL_TEXTS.get(name, name) for name in label_names)
+    texts = _label_texts(head, label_names)
     if len(texts) != classes:
         raise ConfigError(
             [
@@ -236,6 +247,10 @@ def build_head(config: RunConfig, base: BaseModel, label_names: tuple[str, ...])
     return LinearHead(weight, bias=head.trained, feature_scale=head.feature_scale)
 
 
+def _label_texts(head: HeadConfig, label_names: tuple[str, ...]) -> tuple[str, ...]:
+    return head.label_texts or tuple(LABEL_TEXTS.get(name, name) for name in label_names)
+
+
 def _trained_head(head: nn.Module, settings: HeadConfig) -> dict[str, nn.Parameter]:
     if not settings.trained:
         return {}
@@ -243,10 +258,12 @@ def _trained_head(head: nn.Module, settings: HeadConfig) -> dict[str, nn.Paramet
 
 
 def declared_size(count: int) -> int:
-    """Return N as it is declared: ``count`` rounded down to two significant digits.
+    """Return N, which a client declares public: its number of units, two digits of it.
 
-    q, σ and δ follow from N alone, so the noise tells of the true count no more than
-    that. Rounding down errs towards a larger q, and so towards more noise.
+    Below 100 that is ``count`` itself; from 100 on it is ``count`` rounded down to two
+    significant digits. q, σ and δ follow from N alone, so the noise tells of the true
+    count no more than N does. Rounding down errs towards a larger q, and so towards
+    more noise.
 
     Example:
         >>> [declared_size(count) for count in (0, 7, 99, 857, 11225)]
@@ -304,12 +321,27 @@ def _sigma(config: RunConfig, plan: ClientPlan) -> float:
         raise ConfigError([f"privacy.epsilon = {config.privacy.epsilon}: {error}"]) from error
 
 
-def _provenance(base: BaseModel, head: nn.Module, label_names: tuple[str, ...]) -> Provenance:
-    digest = hashlib.sha256(repr(label_names).encode())
-    for name, value in sorted(head.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return Provenance(base.base_sha256, base.tokenizer_sha256, digest.hexdigest(), SCHEMA)
+def provenance(config: RunConfig, base: BaseModel, label_names: tuple[str, ...]) -> Provenance:
+    """Return the digests that server and sites must agree on.
+
+    ``labels`` is the sha256 of the canonical JSON of what gives the arrays their
+    meaning: label names, head (with the texts that are embedded), adapters,
+    ``model.max_length`` and, where weights are drawn from it, the public seed.
+    Settings and not computed weights, whose last bits differ between processors.
+    """
+    model = config.model
+    texts = _label_texts(model.head, label_names) if model.head.kind == "label_text" else None
+    drawn = model.random_weights or model.head.kind == "random_cls"
+    meaning = {
+        "label_names": label_names,
+        "head": {**asdict(model.head), "label_texts": texts},
+        "adapter": asdict(config.adapter),
+        "max_length": model.max_length,
+        "seed": config.seed if drawn else None,
+    }
+    text = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
+    labels = hashlib.sha256(text.encode()).hexdigest()
+    return Provenance(base.base_sha256, base.tokenizer_sha256, labels, SCHEMA)
 
 
 def _device(config: RunConfig) -> torch.device:

@@ -21,10 +21,10 @@ class HeadConfig:
         label_texts: One descriptive text per label; null uses the data's own.
     """
 
-    kind: Literal["linear", "label_text", "random_cls"] = "linear"
-    trained: bool = True
-    feature_scale: float | None = None
-    label_scale: float = 1.0
+    kind: Literal["linear", "label_text", "random_cls"] = "label_text"
+    trained: bool = False
+    feature_scale: float | None = 4.4721
+    label_scale: float = 13.4164
     label_texts: tuple[str, ...] | None = None
 
 
@@ -45,7 +45,7 @@ class ModelConfig:
     name: str = "embedded"
     revision: str | None = None
     sha256: str | None = None
-    max_length: int = 128
+    max_length: int = 64
     random_weights: bool = False
     head: HeadConfig = field(default_factory=HeadConfig)
 
@@ -63,13 +63,15 @@ class DataConfig:
         label_column: Column of the label.
         user_column: Column of the natural unit, if any.
         label_names: The label list, public; null takes the source's declared list.
-        train_split: Name of the training split (``hub``).
-        validation_split: Name of the public validation split (``hub``).
+        train_split: Training split (``hub``), or file name without ending (``file``).
+        validation_split: Public validation split, named likewise; null takes the first
+            found of validation, valid, dev and test.
         validation_fraction: Share cut off as public validation where there is no
             validation split.
         max_examples: Cap on training examples; null uses all.
         public: Declares the data public: the only data that ``privacy.mode=dry``
-            accepts.
+            accepts. The one default that differs from ``conf/``: there the embedded
+            data are declared public by name, while code must declare nothing so.
     """
 
     kind: Literal["stdlib", "hub", "file"] = "stdlib"
@@ -113,8 +115,8 @@ class AdapterConfig:
 
     rank: int = 8
     alpha: float = 8.0
-    modules: tuple[str, ...] = ("query", "value")
-    layers: tuple[int, ...] | None = None
+    modules: tuple[str, ...] = ("query", "value", "dense")
+    layers: tuple[int, ...] | None = (-2, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,11 +183,11 @@ class OptimizerConfig:
     """
 
     name: Literal["sgd", "adam"] = "sgd"
-    learning_rate: float = 0.5
+    learning_rate: float = 4.0
     head_learning_rate: float | None = None
     momentum: float = 0.0
-    steps: int = 10
-    expected_batch: int = 64
+    steps: int = 5
+    expected_batch: int = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,9 +208,9 @@ class FederationConfig:
     engine: Literal["local"] = "local"
     clients: int = 6
     clients_per_round: int = 6
-    rounds: int = 20
+    rounds: int = 8
     min_clients: int = 1
-    evaluate_every: int = 1
+    evaluate_every: int = 2
     average_rounds: int = 1
 
 
@@ -223,7 +225,8 @@ class KernelsConfig:
         threads: CPU threads of torch; null leaves torch's default.
         device: ``auto`` (CUDA when present), ``cpu`` or ``cuda``.
         prefix_cache_mb: Megabytes for the hidden states of the frozen layers below
-            the first adapter, which are then computed once; 0 keeps none.
+            the first adapter, which are then computed once; 0 keeps none. Bounds
+            the training and the validation rows separately, so twice it in all.
     """
 
     gradients: Literal["captured", "opacus", "autograd"] = "captured"

@@ -172,7 +172,10 @@ def tokenise(
     special = tokenizer.num_special_tokens_to_add(pair=dataset.pairs is not None)
     if max_length <= special:
         raise ConfigError(
-            [f"max_length = {max_length} must be > {special}, the tokenizer's special tokens"]
+            [
+                f"model.max_length = {max_length} must be > {special}, the tokenizer's special "
+                "tokens; raise it"
+            ]
         )
     pad = tokenizer.pad_token_id
     pad = tokenizer.eos_token_id if pad is None else pad

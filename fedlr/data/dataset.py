@@ -138,34 +138,51 @@ def check_label_names(names: tuple[str, ...]) -> None:
 
 
 def split_validation(
-    dataset: TextDataset, fraction: float, seed: int
+    dataset: TextDataset, fraction: float, seed: int, by_user: bool = False
 ) -> tuple[TextDataset, TextDataset]:
-    """Cut a validation set off by a seeded public permutation of the rows.
+    """Cut a validation set off by a seeded public permutation of the rows, or of the users.
 
     Args:
-        dataset: N ≥ 2 rows.
-        fraction: Part of the rows that goes to validation, in (0, 1); rounded
-            to at least one row, and at least one row stays.
+        dataset: N ≥ 2 rows; of two or more users, if ``by_user``.
+        fraction: Part of the rows (of the users) that goes to validation, in
+            (0, 1); rounded to at least one, and at least one stays.
         seed: Public seed, ≥ 0.
+        by_user: Move whole users: an ε per user would be false for one whose
+            rows are in both parts, because validation rows are not protected.
 
     Returns:
         (train, validation): disjoint, together every row, each in the order of
         ``dataset``.
 
     Raises:
-        DataError: Fewer than two rows.
+        DataError: Fewer than two rows or users, or no users with ``by_user``.
         ValueError: ``fraction`` is not inside (0, 1).
+
+    Example:
+        >>> data = TextDataset(("a", "b", "c"), None, np.zeros(3, int), ("ann", "bob", "ann"))
+        >>> [part.users for part in split_validation(data, 0.5, 0, by_user=True)]
+        [('ann', 'ann'), ('bob',)]
     """
     if not 0.0 < checks.finite("validation_fraction", fraction) < 1.0:
         raise ValueError(f"validation_fraction = {fraction} must be > 0 and < 1")
-    if len(dataset) < 2:
+    if by_user and dataset.users is None:
         raise DataError(
-            f"the data have {len(dataset)} rows; cutting a validation set off needs at least 2. "
-            "Add rows or give a validation file."
+            "privacy.unit=user cuts a validation set off by user and the data have none. Set "
+            "data.user_column, give a validation split, or use privacy.unit=example."
         )
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    count = min(max(round(fraction * len(dataset)), 1), len(dataset) - 1)
-    return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
+    owners = dataset.users if by_user and dataset.users is not None else range(len(dataset))
+    number = {owner: index for index, owner in enumerate(sorted(set(owners)))}
+    total = len(number)
+    if total < 2:
+        raise DataError(
+            f"the data have {total} {'users' if by_user else 'rows'}; cutting a validation set off "
+            "needs at least 2. Add some or give a validation split."
+        )
+    order = np.random.default_rng(seed).permutation(total)
+    moved = np.zeros(total, dtype=np.bool_)
+    moved[order[: min(max(round(fraction * total), 1), total - 1)]] = True
+    chosen = moved[[number[owner] for owner in owners]]
+    return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
 
 
 def shorten(dataset: TextDataset, max_examples: int, seed: int) -> TextDataset:

@@ -68,14 +68,14 @@ def partition(
     checks.one_of("kind", kind, ("iid", "dirichlet", "natural"))
     checks.one_of("unit", unit, ("example", "user"))
     if seed < 0:
-        raise ConfigError([f"partition.seed = {seed} must be ≥ 0; choose another."])
+        raise ConfigError([f"seed = {seed} must be ≥ 0; choose another."])
     whole_users = unit == "user" or kind == "natural"
     unit_of_row = _users_as_integers(dataset, kind) if whole_users else np.arange(len(dataset))
     count = int(unit_of_row.max()) + 1 if len(dataset) else 0
     if not 1 <= clients <= count:
         raise ConfigError(
             [
-                f"partition.clients = {clients} must be ≥ 1 and ≤ {count}, the number of "
+                f"federation.clients = {clients} must be ≥ 1 and ≤ {count}, the number of "
                 f"{'users' if whole_users else 'examples'} in the training data; change it."
             ]
         )

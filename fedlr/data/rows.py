@@ -72,11 +72,16 @@ def assemble(
     """Return the loaded data, cutting a validation set off ``train`` if there is none."""
     notes = list(notices)
     if validation is None:
-        train, validation = split_validation(train, spec.validation_fraction, spec.seed)
+        train, validation = split_validation(
+            train, spec.validation_fraction, spec.seed, spec.split_by_user
+        )
+        # Notices are published with the results: the number of private rows is not for them.
+        amount = f"{len(validation)} rows" if spec.public else "some rows"
         unprotected = "" if spec.public else ", and no privacy guarantee covers them"
+        whose = " with all rows of their users" if spec.split_by_user else ""
         notes.append(
-            f"There is no validation split: {len(validation)} rows were cut off the training "
-            f"rows. They count as public: no client trains on them{unprotected}."
+            f"There is no validation split: {amount} were cut off the training rows{whose}. "
+            f"They count as public: no client trains on them{unprotected}."
         )
     return LoadedData(train, validation, label_names, spec.public, tuple(notes))
 

@@ -34,7 +34,7 @@ def load(spec: SourceSpec) -> LoadedData:
             raise ConfigError(
                 ["data.label_names is set, but data=stdlib has its own six classes; set it to null"]
             )
-        loaded = stdlib.load(spec.validation_fraction, spec.seed)
+        loaded = stdlib.load(spec.validation_fraction, spec.seed, spec.split_by_user)
     elif spec.kind == "file":
         loaded = files.load(spec)
     else:

@@ -32,6 +32,8 @@ class SourceSpec:
         max_examples: Upper bound on training rows, ≥ 1, or None.
         public: Whether the operator declares the rows public.
         seed: Public seed of every cut, ≥ 0.
+        split_by_user: Whether a cut from train takes whole users, so that
+            nobody is in both parts; needed where the unit of privacy is a user.
 
     Raises:
         ValueError: A field is outside its bound.
@@ -51,6 +53,7 @@ class SourceSpec:
     max_examples: int | None
     public: bool
     seed: int
+    split_by_user: bool = False
 
     def __post_init__(self) -> None:
         checks.one_of("kind", self.kind, ("stdlib", "hub", "file"))

@@ -79,12 +79,13 @@ class Docstring(NamedTuple):
     module: str
 
 
-def load(validation_fraction: float, seed: int) -> LoadedData:
+def load(validation_fraction: float, seed: int, by_user: bool = False) -> LoadedData:
     """Read the embedded data of the running Python.
 
     Args:
         validation_fraction: Part set aside as public validation rows, in (0, 1).
         seed: Public seed of that cut, ≥ 0.
+        by_user: Cut by module rather than by row.
 
     Returns:
         Train and validation rows, declared public, users = module names. The
@@ -94,10 +95,13 @@ def load(validation_fraction: float, seed: int) -> LoadedData:
     Raises:
         DataError: The sources are not on disk (a zipped or stripped Python).
     """
-    return _load_from(Path(sysconfig.get_paths()["stdlib"]), validation_fraction, seed)
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return _load_from(root, validation_fraction, seed, by_user)
 
 
-def _load_from(root: Path, validation_fraction: float, seed: int) -> LoadedData:
+def _load_from(
+    root: Path, validation_fraction: float, seed: int, by_user: bool = False
+) -> LoadedData:
     """`load` for the standard library at ``root``."""
     examples = read_docstrings(root)
     areas = [AREA_OF_MODULE[example.module] for example in examples]
@@ -120,7 +124,7 @@ def _load_from(root: Path, validation_fraction: float, seed: int) -> LoadedData:
         labels=np.array([kept.index(areas[row]) for row in rows], dtype=np.int64),
         users=tuple(examples[row].module for row in rows),
     )
-    train, validation = split_validation(dataset, validation_fraction, seed)
+    train, validation = split_validation(dataset, validation_fraction, seed, by_user)
     return LoadedData(train, validation, kept, declared_public=True, notices=notices)
 
 

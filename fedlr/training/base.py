@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fedlr.errors import ModelError
+from fedlr.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,6 +94,74 @@ def load_base(
     )
 
 
+def model_size(base: BaseModel, name: str) -> int:
+    """Return ``config.<name>`` of the encoder, such as ``hidden_size``.
+
+    Raises:
+        ModelError: It has none: the model is no text encoder (CLIP has two sizes).
+    """
+    value = getattr(base.encoder.config, name, None)
+    if not isinstance(value, int):
+        raise ModelError(
+            f"model.name = {base.name!r} has no {name} in its configuration, so it is no text "
+            "encoder. Use an encoder such as BERT or RoBERTa"
+        )
+    return value
+
+
+def check_capacity(base: BaseModel, longest: int) -> None:
+    """Refuse rows that the encoder's tables cannot hold, before there are rows.
+
+    An index error in the middle of a private round would tell the server that a
+    drawn row was long, or had a rare token.
+
+    Args:
+        base: On any device.
+        longest: ``model.max_length``, tokens an example is cut at.
+
+    Raises:
+        ConfigError: The encoder has positions for fewer tokens.
+        ModelError: The tokenizer makes ids that the encoder has no embedding
+            for, or the model has no table of token embeddings.
+    """
+    positions = _positions(base.encoder)
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            [
+                f"model.max_length = {longest} must be ≤ {positions}, the positions of "
+                f"model.name = {base.name!r}; lower it"
+            ]
+        )
+    rows = _embedding_rows(base)
+    largest = max(base.tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ModelError(
+            f"model.name = {base.name!r} has {rows} token embeddings and its tokenizer makes ids "
+            f"up to {largest}, which must be < {rows}. Use the tokenizer that the model was "
+            "published with, or resize its embeddings and save both again"
+        )
+
+
+def _positions(encoder: nn.Module) -> int | None:
+    """Return the number of tokens the encoder has positions for; None where nothing bounds it."""
+    for name, table in encoder.named_modules():
+        if name.split(".")[-1] == "position_embeddings" and isinstance(table, nn.Embedding):
+            # RoBERTa's positions start behind its padding id.
+            unused = 0 if table.padding_idx is None else table.padding_idx + 1
+            return table.num_embeddings - unused
+    settings: Any = encoder.config
+    known = getattr(settings, "max_position_embeddings", None)
+    return known if isinstance(known, int) and known > 0 else None
+
+
+def _embedding_rows(base: BaseModel) -> int:
+    encoder: Any = base.encoder
+    try:
+        return int(encoder.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return model_size(base, "vocab_size")
+
+
 def check_rows_alone(base: BaseModel, longest: int) -> None:
     """Refuse an encoder that computes one row differently in another row's company.
 
@@ -105,21 +173,18 @@ def check_rows_alone(base: BaseModel, longest: int) -> None:
 
     Args:
         base: On any device.
-        longest: Tokens an example is cut at.
+        longest: Tokens an example is cut at; `check_capacity` accepts it.
 
     Raises:
         ModelError: A short row's features differ between a batch of its own and
             one with a row of ``longest`` tokens, or the encoder cannot run on
             token ids and a mask alone.
     """
-    settings: Any = base.encoder.config
-    known = getattr(settings, "max_position_embeddings", None) or 0
-    # RoBERTa's positions start behind its padding id.
-    length = min(longest, known - 2) if known > 2 else longest
-    short = max(1, length // 4)
+    vocabulary = model_size(base, "vocab_size")
+    short = max(1, longest // 4)
     pad = int(base.tokenizer.pad_token_id or 0)
-    ids = (torch.arange(2 * length).reshape(2, length) * 7 + 11) % int(settings.vocab_size)
-    ids = ids.where(ids != pad, (ids + 1) % int(settings.vocab_size))
+    ids = (torch.arange(2 * longest).reshape(2, longest) * 7 + 11) % vocabulary
+    ids = ids.where(ids != pad, (ids + 1) % vocabulary)
     mask = torch.ones_like(ids)
     mask[0, short:] = 0
     ids = ids.where(mask == 1, pad).to(next(base.encoder.parameters()).device)

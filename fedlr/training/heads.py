@@ -105,9 +105,12 @@ def label_embeddings(
     Returns:
         Shape (classes, width), float32: the weight of a `LinearHead`.
     """
-    encoded: Any = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
     device = next(encoder.parameters()).device
-    with torch.no_grad():
-        hidden = encoder(**encoded.to(device)).last_hidden_state
-        pooled = functional.normalize(mean_pool(hidden, encoded["attention_mask"]), dim=1)
+    features = []
+    # One by one: not every tokenizer has a padding token, and there are few labels.
+    for text in texts:
+        encoded: Any = tokenizer(text, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            features.append(encoder(**encoded.to(device)).last_hidden_state[0].mean(0))
+    pooled = functional.normalize(torch.stack(features), dim=1)
     return (scale * (pooled - pooled.mean(0, keepdim=True))).float()

@@ -15,7 +15,7 @@ from fedlr.data.batching import UnitIndex
 from fedlr.methods.method import PartKey, Role
 from fedlr.privacy.dpsgd import ClipGroup, Mechanism, clip_groups
 from fedlr.privacy.noise import public_stream, secret_stream
-from fedlr.training.local import LocalTask
+from fedlr.training.local import LARGEST_HEAD, LARGEST_UPDATE, LocalTask
 from tests.models import LONGEST, MOVABLE, Tiny, rows, settings, tiny, units_of
 
 B, HEAD, ALL = frozenset({Role.B}), frozenset({Role.B, Role.HEAD}), MOVABLE
@@ -314,3 +314,31 @@ def test_a_round_depends_on_its_own_broadcast_and_on_no_earlier_round() -> None:
 def test_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         settings(**change)
+
+
+@pytest.mark.parametrize("role", [Role.A, Role.B])
+def test_a_broadcast_large_enough_to_amplify_rounding_is_refused(role: Role) -> None:
+    """s·‖B‖·‖A‖ may reach LARGEST_UPDATE·‖W‖ at each site, and no more."""
+    model = tiny()
+    trainer = model.trainer(DATA)
+    parts = model.parts()
+    site, norm = next(iter(model.adapted.base_norms().items()))
+    other = PartKey(site.name, Role.A if role is Role.B else Role.B)
+    parts[other] = torch.randn(parts[other].shape, generator=torch.Generator().manual_seed(0))
+    key = PartKey(site.name, role)
+    unit = torch.ones_like(parts[key])
+    at_bound = LARGEST_UPDATE * norm / (site.scaling * float(unit.norm() * parts[other].norm()))
+    trainer.check({**parts, key: unit * at_bound * 0.999}, B)
+    with pytest.raises(ValueError, match="must be ≤"):
+        trainer.check({**parts, key: unit * at_bound * 1.001}, B)
+
+
+def test_a_huge_head_is_refused() -> None:
+    model = tiny()
+    trainer, parts = model.trainer(DATA), model.parts()
+    key = next(key for key in parts if key.role is Role.HEAD)
+    head = torch.zeros_like(parts[key])
+    head.view(-1)[0] = LARGEST_HEAD
+    trainer.check({**parts, key: head}, HEAD)
+    with pytest.raises(ValueError, match="head"):
+        trainer.check({**parts, key: head * 1.001}, HEAD)
