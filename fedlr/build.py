@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -125,7 +124,6 @@ def build(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Wor
     base.encoder.to(device)
     check_capacity(base, config.model.max_length)
     check_rows_alone(base, config.model.max_length)
-    width = model_size(base, "hidden_size")
     say("reading the data")
     data = load(source_spec(config))
     clients = _clients(config, data, say)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedlr.build import Workbench, build
+from fedlr.build import Workbench, build, provenance
 from fedlr.config import RunConfig, from_mapping
 from fedlr.errors import ConfigError, ModelError
 from fedlr.methods.method import Role
 from fedlr.privacy.noise import public_stream
+from fedlr.training.base import BaseModel
 from fedlr.training.local import LocalTask
 from tests.data.helpers import word_tokenizer
 from tests.models import LONGEST, PAD, VOCABULARY, WIDTH, encoder
@@ -28,9 +30,13 @@ def saved(model: nn.Module, folder: Path) -> str:
 
 def config(name: str, **sections: dict[str, Any]) -> RunConfig:
     values: dict[str, dict[str, Any]] = {
-        "model": {"name": name, "max_length": LONGEST},
+        "model": {
+            "name": name,
+            "max_length": LONGEST,
+            "head": {"kind": "linear", "trained": True, "feature_scale": None},
+        },
         "data": {"max_examples": 60},
-        "adapter": {"rank": 2},
+        "adapter": {"rank": 2, "modules": ["query", "value"], "layers": None},
         "federation": {"clients": 3, "clients_per_round": 3},
         "privacy": {"mode": "dry"},
         "optimizer": {"expected_batch": 8, "steps": 2},
@@ -110,3 +116,70 @@ def test_a_model_whose_rows_feel_each_other_is_refused(tmp_path: Path) -> None:
     mixing = saved(library.FNetModel(settings), tmp_path / "fnet")
     with pytest.raises(ModelError, match="computes a row differently"):
         build(config(mixing, adapter={"modules": ["intermediate.dense"]}))
+
+
+def test_a_row_that_the_model_cannot_hold_is_refused_before_data_are_read(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BERT here has 48 positions."""
+    monkeypatch.setattr("fedlr.build.load", lambda _: pytest.fail("the data were read"))
+    with pytest.raises(ConfigError, match=r"model\.max_length = 49 must be ≤ 48"):
+        build(config(name, model={"max_length": 49}))
+
+
+def test_no_user_is_in_both_parts_where_a_user_is_the_unit(name: str) -> None:
+    by_row = build(config(name)).data
+    by_user = build(config(name, privacy={"unit": "user"})).data
+    assert set(by_row.train.users or ()) & set(by_row.validation.users or ())
+    assert set(by_user.train.users or ()).isdisjoint(by_user.validation.users or ())
+
+
+MEANINGS: list[dict[str, dict[str, Any]]] = [
+    {},
+    {"adapter": {"alpha": 3.0}},
+    {"adapter": {"rank": 3}},
+    {"adapter": {"modules": ["query"]}},
+    {"adapter": {"layers": [-1]}},
+    {"model": {"max_length": LONGEST - 1}},
+    {"model": {"random_weights": True}},
+    {"model": {"head": {"kind": "linear", "trained": True, "feature_scale": 2.0}}},
+    {"model": {"head": {"kind": "random_cls", "trained": False}}},
+    *(
+        {"model": {"head": {"kind": "label_text", "label_texts": texts, **changes}}}
+        for texts, changes in (
+            (None, {}),
+            (["no", "yes"], {}),
+            (["no", "yes!"], {}),
+            (["no", "yes"], {"feature_scale": 2.0}),
+            (["no", "yes"], {"label_scale": 2.0}),
+            (["no", "yes"], {"trained": True}),
+        )
+    ),
+]
+
+
+def test_the_digest_is_of_settings_and_every_one_that_gives_arrays_meaning_is_in_it() -> None:
+    base = BaseModel(nn.Identity(), word_tokenizer(), "b", "t", "some/model")
+
+    def digest(sections: dict[str, dict[str, Any]], labels: tuple[str, ...] = ("n", "y")) -> str:
+        found = provenance(config("some/model", **sections), base, labels)
+        assert (found.base, found.tokenizer) == ("b", "t")
+        return found.labels
+
+    digests = [digest(sections) for sections in MEANINGS]
+    assert digests == [digest(sections) for sections in MEANINGS]
+    assert len(set(digests)) == len(MEANINGS)
+    assert digest({}, ("n", "Y")) != digests[0]
+
+
+def test_the_seed_is_in_the_digest_only_where_weights_are_drawn_from_it() -> None:
+    base = BaseModel(nn.Identity(), word_tokenizer(), "b", "t", "some/model")
+
+    def differs(sections: dict[str, dict[str, Any]]) -> bool:
+        one = config("some/model", **sections)
+        other = replace(one, seed=one.seed + 1)
+        return provenance(one, base, ("n", "y")) != provenance(other, base, ("n", "y"))
+
+    assert not differs({})
+    assert differs({"model": {"random_weights": True}})
+    assert differs({"model": {"head": {"kind": "random_cls", "trained": False}}})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedlr.cli.compose import choices, compose, configuration_folder
-from fedlr.config import RunConfig, from_json, to_json
+from fedlr.config import RunConfig, from_json, from_mapping, to_json
 from fedlr.errors import ConfigError
 
 NEEDED = {
@@ -33,7 +34,11 @@ def test_choice_composes_and_round_trips(case: str) -> None:
 
 
 def test_yaml_and_dataclasses_name_the_same_settings() -> None:
-    """A key that YAML forgets would hide a default in code, against rule 7."""
+    """A key that YAML forgets would hide a default in code, against rule 7.
+
+    Values agree too, but for one: ``conf/`` declares the embedded data public, by
+    name, while a default in code must declare nothing public.
+    """
     from dataclasses import fields, is_dataclass
 
     from fedlr.cli.compose import compose_mapping
@@ -47,7 +52,11 @@ def test_yaml_and_dataclasses_name_the_same_settings() -> None:
             if is_dataclass(value):
                 compare(type(value), mapping[item.name], f"{where}{item.name}.")
 
-    compare(RunConfig, compose_mapping([]), "")
+    composed = compose_mapping([])
+    compare(RunConfig, composed, "")
+    declared = from_mapping(composed)
+    assert declared.data.public
+    assert replace(declared, data=replace(declared.data, public=False)) == RunConfig()
 
 
 def test_unknown_override_names_it() -> None:

@@ -54,9 +54,11 @@ def word_tokenizer(pad: str | None = "[PAD]", special: bool = True) -> PreTraine
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
         )
-    return PreTrainedTokenizerFast(
+    make: Any = PreTrainedTokenizerFast  # untyped
+    made: PreTrainedTokenizerFast = make(
         tokenizer_object=tokenizer,
         pad_token=pad,
         unk_token="[UNK]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
+    return made

@@ -64,9 +64,9 @@ def test_pairs_have_token_types() -> None:
 def test_truncation_counts_special_tokens() -> None:
     assert tokenised(max_length=4).lengths.tolist() == [4, 3, 4]
     assert tokenised(PAIRS, max_length=5).lengths.max() == 5
-    with pytest.raises(ConfigError, match="max_length = 2 must be > 2"):
+    with pytest.raises(ConfigError, match=r"^model\.max_length = 2 must be > 2"):
         tokenised(max_length=2)
-    with pytest.raises(ConfigError, match="max_length = 3 must be > 3"):
+    with pytest.raises(ConfigError, match=r"^model\.max_length = 3 must be > 3"):
         tokenised(PAIRS, max_length=3)
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedlr.data.dataset import LoadedData, TextDataset, shorten, split_validation
@@ -115,6 +115,27 @@ def test_split_is_a_partition_of_the_rows(count: int, fraction: float, seed: int
     assert set(train.texts) | set(validation.texts) == set(data.texts)
     again = split_validation(data, fraction, seed)
     assert again[1].texts == validation.texts
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.floats(0.01, 0.99))
+def test_a_split_by_user_leaves_nobody_in_both_parts(owners: list[int], fraction: float) -> None:
+    users = tuple(map(str, owners))
+    assume(len(set(users)) > 1)
+    data = dataset([0] * len(users), users)
+    train, validation = split_validation(data, fraction, 3, by_user=True)
+    left, right = set(train.users or ()), set(validation.users or ())
+    assert left.isdisjoint(right)
+    assert left | right == set(users)
+    total = len(set(users))
+    assert len(right) == min(max(round(fraction * total), 1), total - 1)
+    assert sorted(train.texts + validation.texts) == sorted(data.texts)
+
+
+def test_a_split_by_user_needs_two_users() -> None:
+    with pytest.raises(DataError, match="the data have none"):
+        split_validation(dataset([0, 1]), 0.5, 0, by_user=True)
+    with pytest.raises(DataError, match="the data have 1 users; .* at least 2"):
+        split_validation(dataset([0, 1], ("ann", "ann")), 0.5, 0, by_user=True)
 
 
 def test_split_depends_on_the_seed_and_keeps_order() -> None:

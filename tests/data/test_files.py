@@ -86,8 +86,22 @@ def test_without_validation_file_a_public_cut_is_made_and_said(folder: Path) -> 
     assert (len(loaded.train), len(loaded.validation)) == (3, 1)
     assert set(loaded.train.texts) | set(loaded.validation.texts) == {r["text"] for r in ROWS}
     assert loaded.declared_public is False
-    assert "1 rows were cut off" in loaded.notices[0]
+    # Notices are published: of private data they hold no count.
+    assert not any(character.isdigit() for character in "".join(loaded.notices))
     assert "no privacy guarantee covers them" in loaded.notices[0]
+    declared = files.load(spec(path=str(folder), public=True))
+    assert "1 rows were cut off" in declared.notices[0]
+
+
+def test_the_cut_takes_whole_users_where_a_user_is_the_unit(folder: Path) -> None:
+    many = [{"text": f"t{row}", "label": row % 2, "who": f"u{row % 5}"} for row in range(40)]
+    write_jsonl(folder / "train.jsonl", many)
+    plain = spec(path=str(folder), user_column="who")
+    by_row, by_user = files.load(plain), files.load(replace(plain, split_by_user=True))
+    assert set(by_row.train.users or ()) & set(by_row.validation.users or ())
+    assert set(by_user.train.users or ()).isdisjoint(by_user.validation.users or ())
+    assert len(by_user.validation) == 8  # round(0.25 · 5) = 1 user of 8 rows
+    assert "with all rows of their users" in by_user.notices[0]
 
 
 def test_a_validation_file_needs_no_user_column(folder: Path) -> None:

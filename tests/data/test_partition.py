@@ -182,7 +182,9 @@ def test_as_many_clients_as_users() -> None:
 )
 def test_too_many_clients_names_the_bound(kind: Any, unit: Any, clients: int, bound: int) -> None:
     data = random_dataset(60, 9, 2)
-    with pytest.raises(ConfigError, match=f"clients = {clients} must be ≥ 1 and ≤ {bound}"):
+    with pytest.raises(
+        ConfigError, match=rf"^federation\.clients = {clients} must be ≥ 1 and ≤ {bound}"
+    ):
         partition(data, kind, clients, 0, 0.5, unit)
 
 
@@ -205,7 +207,7 @@ def test_other_arguments_are_checked() -> None:
         partition(dataset([0, 1]), "shard", 2, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unit = 'row'"):
         partition(dataset([0, 1]), "iid", 2, 0, unit="row")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="seed = -1"):
+    with pytest.raises(ConfigError, match="^seed = -1"):
         partition(dataset([0, 1]), "iid", 2, -1)
 
 

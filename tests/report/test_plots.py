@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,21 @@ def test_the_file_is_a_png_of_1200_by_500_pixels(tmp_path: Path) -> None:
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", header[16:24]) == (1200, 500)
     assert list(tmp_path.iterdir()) == [tmp_path / "curves.png"]
-    assert "matplotlib.pyplot" not in sys.modules, "pyplot keeps global state"
+
+
+def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
+    """It keeps global state; a fresh process, because another library may have imported it here."""
+    program = (
+        "import sys, pathlib\n"
+        "from fedlr.report.plots import curves\n"
+        "from tests.report.samples import RECORD, SUMMARY\n"
+        "curves([RECORD], SUMMARY, pathlib.Path(sys.argv[1]))\n"
+        "sys.exit('matplotlib.pyplot' in sys.modules)\n"
+    )
+    file = tmp_path / "curves.png"
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", program, str(file)], check=True, cwd=root)
+    assert file.is_file()
 
 
 def test_both_panels_show_the_numbers_of_the_run(tmp_path: Path, drawn: list[Figure]) -> None:

@@ -14,8 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fedlr.errors import ModelError
-from fedlr.training.base import BaseModel, check_rows_alone, load_base, weights_digest
+from fedlr.errors import ConfigError, ModelError
+from fedlr.training.base import (
+    BaseModel,
+    check_capacity,
+    check_rows_alone,
+    load_base,
+    model_size,
+    weights_digest,
+)
 from tests.data.helpers import word_tokenizer
 from tests.models import FAMILIES, LONGEST, PAD, VOCABULARY, WIDTH, encoder, rows
 
@@ -185,7 +192,59 @@ def bare(model: nn.Module) -> BaseModel:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_the_usual_encoders_stand_alone(family: str) -> None:
     check_rows_alone(bare(encoder(family)), LONGEST)
-    check_rows_alone(bare(encoder(family)), 1000)  # capped at the model's positions
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_longest_accepted_row_runs_and_the_next_is_refused(family: str) -> None:
+    """Configured are 4·12 = 48 positions; RoBERTa's first two (0 and its padding id 1) are taken."""
+    base = bare(encoder(family))
+    positions = 46 if family == "roberta" else 48
+    check_capacity(base, positions)
+    check_rows_alone(base, positions)
+    with pytest.raises(ConfigError) as caught:
+        check_capacity(base, positions + 1)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"model.max_length = {positions + 1} must be ≤ {positions}, ")
+    assert problem.endswith("lower it")
+    with pytest.raises(ModelError, match="token ids and a mask alone"):
+        check_rows_alone(base, positions + 1)  # what a private round would have run into
+
+
+def test_the_largest_id_of_the_tokenizer_needs_an_embedding() -> None:
+    """Ids 0 … 8 are words; 9 … 49 fill the table of 50; the next one has no row."""
+    base = bare(encoder("bert"))
+    base.tokenizer.add_tokens([f"extra{number}" for number in range(41)])
+    check_capacity(base, LONGEST)
+    base.tokenizer.add_tokens(["onemore"])
+    with pytest.raises(
+        ModelError, match=r"has 50 token embeddings .* up to 50, which must be < 50"
+    ):
+        check_capacity(base, LONGEST)
+
+
+def test_a_model_of_two_towers_is_refused(tmp_path: Path) -> None:
+    """CLIP's sizes are those of its parts: neither a vocabulary nor a width of its own."""
+    import transformers
+
+    library: Any = transformers
+    tower = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    text = {**tower, "vocab_size": VOCABULARY, "bos_token_id": 2, "eos_token_id": 3}
+    settings = library.CLIPConfig(
+        text_config=text,
+        vision_config={**tower, "image_size": 8, "patch_size": 4},
+        projection_dim=8,
+    )
+    base = load_base(str(save(library.CLIPModel(settings), tmp_path / "clip")))
+    for check in (check_capacity, check_rows_alone):
+        with pytest.raises(ModelError, match="has no vocab_size in its configuration"):
+            check(base, LONGEST)
+    with pytest.raises(ModelError, match="has no hidden_size in its configuration"):
+        model_size(base, "hidden_size")
 
 
 OTHERS: dict[str, dict[str, Any]] = {

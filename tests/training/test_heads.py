@@ -94,3 +94,11 @@ def test_label_embeddings_are_centred_directions() -> None:
     for row in (1, 2):
         assert torch.allclose(found[row] - found[0], 2 * (alone[row] - alone[0]), atol=1e-5)
     assert not found.requires_grad
+
+
+def test_a_tokenizer_without_a_padding_token_embeds_the_same() -> None:
+    model, texts = encoder("bert"), ["a b", "c", "d e a b"]
+    padding, none = word_tokenizer(), word_tokenizer(pad=None)
+    assert none.pad_token_id is None
+    expected = label_embeddings(model, padding, texts, 2.0)
+    assert torch.equal(label_embeddings(model, none, texts, 2.0), expected)
