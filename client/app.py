@@ -18,11 +18,10 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedlr.adapters.codec import ARRAYS_RECORD, HEADER_RECORD
 from fedlr.methods.method import ClientUpdate
 from fedlr.training import jobs
 from fedlr.training.jobs import Abstention, Arrays, Header, Job, SiteStatus
-
-ARRAYS, HEADER = "arrays", "header"
 
 _log = logging.getLogger("fedlr.client")
 
@@ -147,8 +146,8 @@ def _answer(orders: Sequence[tuple[S, Message]], train: TrainCohort[S]) -> list[
 
 def _job(message: Message) -> Job:
     """Return the job in a message; BadUpdate or another exception where it is malformed."""
-    arrays = cast("Mapping[str, Array]", message.content[ARRAYS])
-    header = cast("Mapping[str, Any]", message.content[HEADER])
+    arrays = cast("Mapping[str, Array]", message.content[ARRAYS_RECORD])
+    header = cast("Mapping[str, Any]", message.content[HEADER_RECORD])
     return jobs.decode_job({name: array.numpy() for name, array in arrays.items()}, header)
 
 
@@ -164,7 +163,7 @@ def _reply(message: Message, outcome: ClientUpdate | Abstention) -> Message:
 
 def _content(arrays: Arrays, header: Header) -> RecordDict:
     record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
-    return RecordDict({ARRAYS: record, HEADER: ConfigRecord({**header})})
+    return RecordDict({ARRAYS_RECORD: record, HEADER_RECORD: ConfigRecord({**header})})
 
 
 def _name(site: SiteLike) -> str:

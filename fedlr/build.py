@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fedlr.adapters.codec import SCHEMA
-from fedlr.adapters.export import save_adapter
+from fedlr.adapters.export import AdapterCard, save_adapter
 from fedlr.adapters.inject import inject
 from fedlr.adapters.surgery import AdaptedModel
 from fedlr.config import HeadConfig, RunConfig
@@ -32,6 +32,7 @@ from fedlr.methods.registry import METHODS
 from fedlr.methods.registry import build as build_method
 from fedlr.privacy.calibration import noise_multiplier
 from fedlr.training.base import (
+    PUBLISHED_NAME,
     BaseModel,
     check_capacity,
     check_rows_alone,
@@ -74,6 +75,7 @@ class Workbench:
         config: The configuration it was built from.
         base: The frozen encoder, its tokenizer and digests.
         adapted: Movable arrays of the model.
+        head: The whole classification head, frozen or trained.
         layout: What the federation adapts.
         method: The federated method.
         trainer: Local training.
@@ -88,6 +90,7 @@ class Workbench:
     config: RunConfig
     base: BaseModel
     adapted: AdaptedModel
+    head: nn.Module
     layout: Layout
     method: Method
     trainer: LocalTrainer
@@ -148,6 +151,7 @@ def build(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Wor
         config=config,
         base=base,
         adapted=adapted,
+        head=head,
         layout=Layout(
             sites, {name: value.detach().cpu().clone() for name, value in adapted.head.items()}
         ),
@@ -162,9 +166,29 @@ def build(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Wor
     )
 
 
-def save_result(workbench: Workbench, parts: Parts, folder: Path) -> None:
-    """Write the trained adapter and head of ``parts`` into ``folder`` (`fedlr.adapters.export`)."""
-    save_adapter(workbench.adapted, parts, folder)
+def save_result(workbench: Workbench, parts: Parts, folder: Path, card: str) -> None:
+    """Write adapter and head of ``parts`` into ``folder`` (`fedlr.adapters.export`).
+
+    Args:
+        workbench: What ran.
+        parts: The final arrays.
+        folder: Made if missing.
+        card: Body of the folder's ``README.md``, Markdown.
+    """
+    head = workbench.config.model.head
+    name = PUBLISHED_NAME if workbench.config.model.name == "embedded" else workbench.base.name
+    save_adapter(
+        workbench.adapted,
+        parts,
+        folder,
+        AdapterCard(name, card),
+        {f"head.{key}": value for key, value in workbench.head.state_dict().items()},
+        {
+            "kind": head.kind,
+            "feature_scale": head.feature_scale,
+            "label_names": list(workbench.data.label_names),
+        },
+    )
 
 
 def check_names(config: RunConfig) -> None:

@@ -16,7 +16,7 @@ Evaluate = Callable[[Parts], tuple[float, float]]
 
 
 class Journal(Protocol):
-    """Durable memory of a run; what makes a resumed run pay for nothing twice."""
+    """Durable memory of a run: with it a resumed run asks no site to pay twice for a phase."""
 
     def sending(self, round: int, phase: int, nonces: Mapping[str, str]) -> Mapping[str, str]:
         """Store the nonces of a phase durably before its jobs are sent.
@@ -28,8 +28,10 @@ class Journal(Protocol):
 
         Returns:
             The nonce to use by client: the stored one where an interrupted run
-            has already sent this phase, so that a site answers with the update
-            it has paid for; ``nonces`` otherwise.
+            has already sent this phase, ``nonces`` otherwise. A private site
+            whose ledger knows the nonce refuses the job (``ledger``): the round
+            may go without it, but it does not pay again. One that the
+            interrupted run never reached answers as to any other job.
         """
         ...
 

@@ -1,7 +1,8 @@
 """Records of `fedlr.training.jobs` ↔ Flower messages, seen from the server.
 
-A content has two records: ``arrays`` (the wire form of the parts) and
-``header`` (flat values). The client app builds the same two.
+A content has two records: the arrays (the wire form of the parts) and the
+header (flat values). The client app builds the same two, under the same names
+(`fedlr.adapters.codec`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Any, TypeVar, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedlr.adapters.codec import ARRAYS_RECORD, HEADER_RECORD
 from fedlr.errors import BadUpdate
 from fedlr.methods.method import ClientUpdate
 from fedlr.training import jobs
 from fedlr.training.jobs import Abstention, Arrays, Header, Job, SiteStatus
 
-ARRAYS, HEADER = "arrays", "header"
 TRAIN, STATUS = "train", "query.status"
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ def train_messages(job: Job, nonces: Mapping[int, str], ttl: float | None) -> li
     record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
     return [
         Message(
-            RecordDict({ARRAYS: record, HEADER: _config({**header, "nonce": nonce})}),
+            RecordDict({ARRAYS_RECORD: record, HEADER_RECORD: _config({**header, "nonce": nonce})}),
             node,
             TRAIN,
             ttl=ttl,
@@ -72,8 +73,10 @@ def _read(message: Message, decode: Callable[[Arrays, Mapping[str, Any]], T]) ->
     """Decode a reply of an untrusted site: whatever is wrong with it is a BadUpdate."""
     try:
         content = message.content
-        held = cast("Mapping[str, Array]", content[ARRAYS]) if ARRAYS in content else {}
-        header = cast("Mapping[str, Any]", content[HEADER])
+        held = (
+            cast("Mapping[str, Array]", content[ARRAYS_RECORD]) if ARRAYS_RECORD in content else {}
+        )
+        header = cast("Mapping[str, Any]", content[HEADER_RECORD])
         return decode({name: array.numpy() for name, array in held.items()}, header)
     except BadUpdate:
         raise

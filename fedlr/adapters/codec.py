@@ -2,6 +2,7 @@
 
 An array travels as little-endian float32 under the name ``<site>/<role>``. The
 schema name goes into the message beside the arrays; a reader refuses any other.
+A message has two records, whose names both ends take from here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from fedlr.methods.method import PartKey, Parts, Role
 
 SCHEMA = "fedlr.parts.v1"
 """Name and version of the wire form; any change of meaning takes a new one."""
+
+ARRAYS_RECORD = "arrays"
+"""Name of the record that holds the arrays of a message."""
+
+HEADER_RECORD = "header"
+"""Name of the record that holds its flat values: schema, round, nonce and the like."""
 
 
 def encode(parts: Parts) -> dict[str, NDArray[np.float32]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fedlr import checks
-from fedlr.lowrank.factors import AdapterSite, Factors
+from fedlr.lowrank.factors import AdapterSite
 from fedlr.methods.method import PartKey, Parts, Role
 
 from .inject import ADAPTER
@@ -83,30 +83,6 @@ class AdaptedModel:
             value.requires_grad_(key.role in roles)
             value.grad = None
         return {key: value for key, value in parameters.items() if key.role in roles}
-
-    def factors(self) -> dict[str, Factors]:
-        """Return the factor pair of every site (copies)."""
-        arrays = self.read({Role.A, Role.B})
-        return {
-            site.name: Factors(
-                b=arrays[PartKey(site.name, Role.B)],
-                a=arrays[PartKey(site.name, Role.A)],
-                scaling=site.scaling,
-            )
-            for site in self.sites
-        }
-
-
-def factors_of(parts: Parts, sites: Sequence[AdapterSite]) -> dict[str, Factors]:
-    """Return the factor pair of every site of ``parts``; KeyError where one is missing."""
-    return {
-        site.name: Factors(
-            b=parts[PartKey(site.name, Role.B)],
-            a=parts[PartKey(site.name, Role.A)],
-            scaling=site.scaling,
-        )
-        for site in sites
-    }
 
 
 def _weight(layer: nn.Module, name: str) -> nn.Parameter:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fedlr import __version__
-from fedlr.errors import FedlrError
+from fedlr.errors import FedlrError, RunError
 
 VERBS = {
     "simulate": ("fedlr.cli.simulate", "run a simulated federation on this machine"),
@@ -41,9 +44,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 on success; the `FedlrError.exit_code` of a user's mistake, whose
-        message goes to standard error without a traceback; 130 after Ctrl-C.
+        message goes to standard error without a traceback; 130 after Ctrl-C;
+        141 where the reader of standard output went away (``fedlr … | head``).
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = _run(words)
+        print(end="", flush=True)
+    except BrokenPipeError:
+        # Python flushes what is left once more as it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return status
+
+
+def check_siblings() -> None:
+    """Check that ``server`` and ``client`` are the packages that came with ``fedlr``.
+
+    The names are general: a file of the working folder, or another distribution,
+    can stand before them on the import path. Nothing is imported.
+
+    Raises:
+        RunError: One of them is missing, or lies in another folder than ``fedlr``.
+    """
+    home = _place("fedlr")
+    for name in ("server", "client"):
+        found = _place(name)
+        expected = home.with_name(name) if home else None
+        if found is None or found != expected:
+            raise RunError(
+                f"the name {name!r} means {found or 'nothing'} here, not {expected}, the package "
+                f"that fedlr was installed with; rename or uninstall the other {name!r}, or start "
+                "fedlr from another folder"
+            )
+
+
+def _place(name: str) -> Path | None:
+    """Return the folder of a package, or the file of a module, as an import would find it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return None
+    folders = list(spec.submodule_search_locations or ())
+    place = folders[0] if folders else spec.origin
+    # Installers may link single files into place; what counts is the folder around a package.
+    return Path(place).parent.resolve() / Path(place).name if place else None
+
+
+def _run(words: Sequence[str]) -> int:
+    """Answer a question about the program, or run a verb."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else 2
@@ -54,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fedlr: {words[0]!r} is not a verb\n\n{usage()}", file=sys.stderr)
         return 2
     try:
+        check_siblings()
         verb: Any = importlib.import_module(VERBS[words[0]][0])
         return int(verb.run(words[1:]))
     except FedlrError as error:

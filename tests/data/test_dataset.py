@@ -134,7 +134,7 @@ def test_a_split_by_user_leaves_nobody_in_both_parts(owners: list[int], fraction
 def test_a_split_by_user_needs_two_users() -> None:
     with pytest.raises(DataError, match="the data have none"):
         split_validation(dataset([0, 1]), 0.5, 0, by_user=True)
-    with pytest.raises(DataError, match="the data have 1 users; .* at least 2"):
+    with pytest.raises(DataError, match=r"the data have 1 users; .* at least 2"):
         split_validation(dataset([0, 1], ("ann", "ann")), 0.5, 0, by_user=True)
 
 

@@ -152,8 +152,8 @@ def test_one_row_per_user_is_the_example_partition() -> None:
     labels = np.random.default_rng(0).integers(4, size=80)
     data = dataset(labels.tolist(), [f"u{row:02d}" for row in range(80)])
     for kind in ("iid", "dirichlet"):
-        by_example = partition(data, kind, 6, 3, 0.5, "example")  # type: ignore[arg-type]
-        by_user = partition(data, kind, 6, 3, 0.5, "user")  # type: ignore[arg-type]
+        by_example = partition(data, kind, 6, 3, 0.5, "example")
+        by_user = partition(data, kind, 6, 3, 0.5, "user")
         for one, two in zip(by_example, by_user, strict=True):
             assert np.array_equal(one, two)
 
@@ -207,7 +207,7 @@ def test_other_arguments_are_checked() -> None:
         partition(dataset([0, 1]), "shard", 2, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unit = 'row'"):
         partition(dataset([0, 1]), "iid", 2, 0, unit="row")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="^seed = -1"):
+    with pytest.raises(ConfigError, match=r"^seed = -1"):
         partition(dataset([0, 1]), "iid", 2, -1)
 
 

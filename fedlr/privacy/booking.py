@@ -1,0 +1,90 @@
+"""The contract of a ledger: what is booked, under which key, and what every store must keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedlr import checks
+from fedlr.privacy.events import Release
+
+
+@dataclass(frozen=True)
+class JobKey:
+    """What one reservation is for; a retry of a failed job needs a new nonce.
+
+    Attributes:
+        run: Identifier of the federation run, not empty.
+        round: Round of that run, ≥ 0.
+        client: Identifier of the client, not empty.
+        nonce: Chosen by whoever sends the job, once per attempt, not empty.
+
+    Raises:
+        ValueError: An empty string or a negative round.
+    """
+
+    run: str
+    round: int
+    client: str
+    nonce: str
+
+    def __post_init__(self) -> None:
+        checks.at_least("round", self.round, 0)
+        for name in ("run", "client", "nonce"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{name} = {value!r} must be a non-empty string")
+
+
+class Ledger(Protocol):
+    """Durable record of all that one data source has released; one contract, all stores.
+
+    Guarantees:
+        Every call is atomic and, where the store is a file, on disk when it
+        returns. Thread-safe. Never under-counts: at every moment `spent`
+        covers all that can have left the process.
+    """
+
+    def reserve(self, key: JobKey, event: Release, max_joins: int | None = None) -> bool:
+        """Book the most that the job can release, before its first gradient.
+
+        Args:
+            key: The job.
+            event: The most that it can release.
+            max_joins: Keys this ledger may hold, the new one included; counted in
+                the same transaction, so two processes cannot exceed it jointly.
+                None: no bound.
+
+        Returns:
+            True; False where ``max_joins`` is reached, and nothing is booked.
+
+        Raises:
+            LedgerError: The key was ever reserved before, committed or not.
+        """
+        ...
+
+    def commit(self, key: JobKey, event: Release) -> None:
+        """Replace the reservation by what was released, before it leaves the process.
+
+        Args:
+            key: An open reservation.
+            event: At most as many steps as reserved, everything else equal;
+                zero steps if nothing was released.
+
+        Raises:
+            LedgerError: The key is not open, or the event exceeds or differs
+                from its reservation; the reservation then stays open.
+        """
+        ...
+
+    def spent(self) -> tuple[Release, ...]:
+        """Return all committed events, and every open reservation as reserved, merged."""
+        ...
+
+    def joins(self) -> int:
+        """Return the number of keys ever reserved, committed or not."""
+        ...
+
+    def close(self) -> None:
+        """Release resources; any later call but ``close`` raises LedgerError."""
+        ...
