@@ -32,7 +32,6 @@ from fedlr.methods.registry import METHODS
 from fedlr.methods.registry import build as build_method
 from fedlr.privacy.calibration import noise_multiplier
 from fedlr.training.base import (
-    PUBLISHED_NAME,
     BaseModel,
     check_capacity,
     check_rows_alone,
@@ -176,12 +175,11 @@ def save_result(workbench: Workbench, parts: Parts, folder: Path, card: str) -> 
         card: Body of the folder's ``README.md``, Markdown.
     """
     head = workbench.config.model.head
-    name = PUBLISHED_NAME if workbench.config.model.name == "embedded" else workbench.base.name
     save_adapter(
         workbench.adapted,
         parts,
         folder,
-        AdapterCard(name, card),
+        AdapterCard(workbench.base.name, card),
         {f"head.{key}": value for key, value in workbench.head.state_dict().items()},
         {
             "kind": head.kind,

@@ -40,7 +40,7 @@ class BaseModel:
         tokenizer: Its tokenizer.
         base_sha256: Digest of the weights as loaded (names, shapes, values).
         tokenizer_sha256: Digest of vocabulary and special tokens.
-        name: What was asked for.
+        name: What was asked for; for the embedded one its published name.
     """
 
     encoder: nn.Module
@@ -93,7 +93,7 @@ def load_base(
         tokenizer=tokenizer,
         base_sha256=weights_digest(encoder),
         tokenizer_sha256=_tokenizer_digest(tokenizer),
-        name=name,
+        name=PUBLISHED_NAME if name == "embedded" else name,
     )
 
 

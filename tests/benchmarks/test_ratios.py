@@ -18,7 +18,7 @@ def show(line: str) -> None:
     print(f"\n{line}", flush=True)
 
 
-def same(left: dict, right: dict) -> None:
+def assert_same(left: dict, right: dict) -> None:
     for key, value in left.items():
         torch.testing.assert_close(value, right[key], rtol=1e-4, atol=1e-6)
 
@@ -27,7 +27,7 @@ def same(left: dict, right: dict) -> None:
 def test_captured_gradients(other: str) -> None:
     captured = round_of(workbench("kernels.gradients=captured"), private=True)
     slow = round_of(workbench(f"kernels.gradients={other}"), private=True)
-    same(captured(), slow())
+    assert_same(captured(), slow())
     times, base = ratio(slow, captured, 5)
     show(f"private step: {other} / captured = {times:.2f} (captured {base * 1000:.0f} ms)")
 
@@ -43,7 +43,7 @@ def test_frozen_prefix_cache() -> None:
     cached, whole = (
         round_of(workbench(f"kernels.prefix_cache_mb={size}"), private=True) for size in (1024, 0)
     )
-    same(cached(), whole())
+    assert_same(cached(), whole())
     times, base = ratio(whole, cached, 5)
     show(f"private step: all layers / cached prefix = {times:.2f} (cached {base * 1000:.0f} ms)")
 
