@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,7 +104,14 @@ def test_streams_are_independent() -> None:
 
 
 def _send_secret_draws(connection: Connection) -> None:
+    # The parent's OpenMP threads do not survive a fork; work shared with them never ends.
+    torch.set_num_threads(1)
     connection.send(secret_stream().gaussian((20_000,), 1.0).double().numpy())
+
+
+def _receive(connection: Connection) -> Any:
+    assert connection.poll(60), "the forked child sent nothing within 60 s"
+    return connection.recv()
 
 
 def _send_parent_stream_error(stream: Stream, connection: Connection) -> None:
@@ -124,11 +132,12 @@ def test_forks_draw_independent_noise_and_cannot_use_the_parents_stream() -> Non
     children = [context.Process(target=_send_secret_draws, args=(ends[i][1],)) for i in range(2)]
     children.append(context.Process(target=_send_parent_stream_error, args=(stream, ends[2][1])))
     for child in children:
+        child.daemon = True  # a child that hangs must not keep pytest from ending
         child.start()
-    draws = np.stack([ends[0][0].recv(), ends[1][0].recv(), stream.gaussian((20_000,), 1.0)])
-    errors = [ends[2][0].recv() for _ in range(2)]
+    draws = np.stack([_receive(ends[0][0]), _receive(ends[1][0]), stream.gaussian((20_000,), 1.0)])
+    errors = [_receive(ends[2][0]) for _ in range(2)]
     for child in children:
-        child.join()
+        child.join(60)
     assert np.abs(np.corrcoef(draws) - np.eye(3)).max() < 6 * 20_000**-0.5
     assert all("fork" in error for error in errors)
 
