@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from client.site import Site, SitePolicy
-from fedlr.build import ClientPlan, Workbench, max_joins
+from fedlr.build import Workbench
+from fedlr.planning import ClientPlan, max_joins
 from fedlr.privacy.ledger import Ledger, MemoryLedger, SqliteLedger
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,8 @@ from fedlr.adapters.export import AdapterCard, save_adapter
 from fedlr.adapters.inject import inject
 from fedlr.adapters.surgery import AdaptedModel
 from fedlr.config import HeadConfig, RunConfig
-from fedlr.data.batching import UnitIndex, tokenise
+from fedlr.data.batching import tokenise
 from fedlr.data.dataset import LoadedData
-from fedlr.data.partition import partition
 from fedlr.data.sources import SourceSpec, load
 from fedlr.data.stdlib import LABEL_TEXTS
 from fedlr.errors import ConfigError
@@ -30,7 +29,7 @@ from fedlr.lowrank.subspace import SUBSPACES
 from fedlr.methods.method import Layout, Method, Parts
 from fedlr.methods.registry import METHODS
 from fedlr.methods.registry import build as build_method
-from fedlr.privacy.calibration import noise_multiplier
+from fedlr.planning import ClientPlan, plan_clients
 from fedlr.training.base import (
     BaseModel,
     check_capacity,
@@ -44,26 +43,6 @@ from fedlr.training.heads import LinearHead, RandomClsHead, label_embeddings
 from fedlr.training.jobs import Provenance
 from fedlr.training.local import LocalSettings, LocalTrainer
 from fedlr.training.prefix import cache_prefix, find_prefix
-
-
-@dataclass(frozen=True)
-class ClientPlan:
-    """One simulated client: its rows and the public numbers that follow from its size.
-
-    Attributes:
-        name: Stable public identifier, ``client-000`` and so on.
-        units: Its rows by unit of privacy.
-        declared_size: N, declared public: the number of units, above 99 rounded
-            down to two significant digits (`declared_size`).
-        delta: δ of its guarantee.
-        noise_multiplier: σ; 0.0 unless ``privacy.mode=dp``.
-    """
-
-    name: str
-    units: UnitIndex
-    declared_size: int
-    delta: float
-    noise_multiplier: float
 
 
 @dataclass(frozen=True)
@@ -101,12 +80,20 @@ class Workbench:
     notices: tuple[str, ...]
 
 
-def build(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Workbench:
+def build(
+    config: RunConfig,
+    say: Callable[[str], None] = lambda _: None,
+    noise: Mapping[str, float] | None = None,
+    evaluate: bool = True,
+) -> Workbench:
     """Build everything that ``config`` describes.
 
     Args:
         config: A checked configuration.
         say: Told what is being done, one short line at a time.
+        noise: σ by client where it is known; None calibrates it.
+        evaluate: Whether validation will be asked for; False saves its frozen
+            layers in a process that only trains.
 
     Raises:
         ConfigError: A setting that does not fit the model or the data.
@@ -128,7 +115,7 @@ def build(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Wor
     check_rows_alone(base, config.model.max_length)
     say("reading the data")
     data = load(source_spec(config))
-    clients = _clients(config, data, say)
+    clients = plan_clients(config, data, noise, say)
     head = build_head(config, base, data.label_names)
     adapter = config.adapter
     encoder, sites = inject(
@@ -145,7 +132,8 @@ def build(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Wor
         say(f"computing the {prefix.depth} frozen layers below the adapters once")
         limit = config.kernels.prefix_cache_mb
         training = cache_prefix(encoder, prefix, training, size, limit)
-        validation = cache_prefix(encoder, prefix, validation, size, limit)
+        if evaluate:
+            validation = cache_prefix(encoder, prefix, validation, size, limit)
     return Workbench(
         config=config,
         base=base,
@@ -236,12 +224,6 @@ def local_settings(config: RunConfig) -> LocalSettings:
     )
 
 
-def max_joins(config: RunConfig) -> int:
-    """Return the largest number of rounds a site may join: what its noise is calibrated for."""
-    rounds = config.federation.rounds
-    return min(rounds, config.privacy.max_joins or rounds)
-
-
 def build_head(config: RunConfig, base: BaseModel, label_names: tuple[str, ...]) -> nn.Module:
     """Return the head of ``config.model.head``; its random draws come from the public seed.
 
@@ -275,70 +257,6 @@ def _trained_head(head: nn.Module, settings: HeadConfig) -> dict[str, nn.Paramet
     if not settings.trained:
         return {}
     return {f"head.{name}": value for name, value in head.named_parameters()}
-
-
-def declared_size(count: int) -> int:
-    """Return N, which a client declares public: its number of units, two digits of it.
-
-    Below 100 that is ``count`` itself; from 100 on it is ``count`` rounded down to two
-    significant digits. q, σ and δ follow from N alone, so the noise tells of the true
-    count no more than N does. Rounding down errs towards a larger q, and so towards
-    more noise.
-
-    Example:
-        >>> [declared_size(count) for count in (0, 7, 99, 857, 11225)]
-        [0, 7, 99, 850, 11000]
-    """
-    unit: int = 10 ** max(0, len(str(count)) - 2)
-    return count // unit * unit
-
-
-def _clients(
-    config: RunConfig, data: LoadedData, say: Callable[[str], None]
-) -> tuple[ClientPlan, ...]:
-    """Split the training rows and calibrate each client's noise."""
-    unit = config.privacy.unit
-    parts = partition(
-        data.train,
-        config.partition.kind,
-        config.federation.clients,
-        config.seed,
-        config.partition.alpha,
-        unit,
-    )
-    plans, problems = [], []
-    for index, rows in enumerate(parts):
-        units = UnitIndex.of(data.train.users, rows, unit)
-        declared = declared_size(units.count)
-        size = max(1, declared)
-        delta = config.privacy.delta or min(1e-5, 1 / (10 * size))
-        if config.privacy.mode == "dp" and delta >= 1 / size and declared > 1:
-            problems.append(
-                f"privacy.delta = {delta} must be < 1/N = {1 / size:.3g} of client-{index:03d} "
-                f"with N = {size}; lower it, or set it to null"
-            )
-        plans.append(ClientPlan(f"client-{index:03d}", units, declared, delta, 0.0))
-    if problems:
-        raise ConfigError(problems)
-    if config.privacy.mode != "dp":
-        return tuple(plans)
-    distinct = len({(plan.declared_size, plan.delta) for plan in plans})
-    say(f"calibrating the noise of {len(plans)} clients ({distinct} different sizes)")
-    return tuple(replace(plan, noise_multiplier=_sigma(config, plan)) for plan in plans)
-
-
-def _sigma(config: RunConfig, plan: ClientPlan) -> float:
-    rate = min(1.0, config.optimizer.expected_batch / max(1, plan.declared_size))
-    try:
-        return noise_multiplier(
-            config.privacy.epsilon,
-            plan.delta,
-            rate,
-            config.optimizer.steps * max_joins(config),
-            config.privacy.accountant,
-        )
-    except ValueError as error:
-        raise ConfigError([f"privacy.epsilon = {config.privacy.epsilon}: {error}"]) from error
 
 
 def provenance(config: RunConfig, base: BaseModel, label_names: tuple[str, ...]) -> Provenance:

@@ -16,7 +16,9 @@ FOUNDATION = (*BASE, "fedlr.lowrank", "fedlr.kernels", *RECORDS)
 SHARED = (*FOUNDATION, "fedlr.methods.method")
 DOMAIN = (*FOUNDATION, "fedlr.methods", "fedlr.adapters", "fedlr.privacy", "fedlr.data")
 WORK = (*DOMAIN, "fedlr.training", "fedlr.audit")
-BUILT = (*WORK, "fedlr.config", "fedlr.build", *SHOWING)
+BUILT = (*WORK, "fedlr.config", "fedlr.planning", "fedlr.build", *SHOWING)
+
+COMPOSITION = ("fedlr.config", "fedlr.build", "fedlr.restore")
 
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "fedlr.errors": BASE,
@@ -33,23 +35,26 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "fedlr.data": SHARED,
     "fedlr.training": DOMAIN,
     "fedlr.audit": (*DOMAIN, "fedlr.training"),
+    "fedlr.planning": (*WORK, "fedlr.config"),
     "fedlr.build": BUILT,
+    "fedlr.restore": BUILT,
     "server": BUILT,
-    "client": (*WORK, "fedlr.config", "fedlr.build"),
-    "fedlr.cli": (*BASE, "fedlr.config", "fedlr.build", *SHOWING, "server", "client"),
+    "client": (*WORK, "fedlr.config", "fedlr.planning", "fedlr.build"),
+    "fedlr.cli": (*BASE, *COMPOSITION, *SHOWING, "server", "client"),
 }
 """Own modules by importer; a module may always import its own package."""
 
 OWN = ("fedlr", "server", "client")
 MATHEMATICS = (
     *("fedlr.lowrank", "fedlr.kernels", "fedlr.methods", "fedlr.adapters", "fedlr.privacy"),
-    *("fedlr.data", "fedlr.training", "fedlr.audit", "fedlr.build", "server", "client"),
+    *("fedlr.data", "fedlr.training", "fedlr.audit", "fedlr.planning", "fedlr.build"),
+    *("fedlr.restore", "server", "client"),
 )
 
 HOMES: Mapping[str, tuple[str, ...]] = {
     "torch": (*MATHEMATICS, "fedlr.cli"),
     "numpy": (*MATHEMATICS, "fedlr.report.plots"),
-    "safetensors": ("fedlr.adapters", "fedlr.data", "fedlr.training", "server", "client"),
+    "safetensors": (*MATHEMATICS,),
     "triton": ("fedlr.kernels.*.triton",),
     "peft": ("fedlr.adapters",),
     "opacus": ("fedlr.privacy",),
