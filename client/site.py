@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import safetensors.torch
 import torch
 
 from fedlr import checks
@@ -20,9 +21,9 @@ from fedlr.methods.method import ClientUpdate, PartKey, Parts, Role
 from fedlr.privacy.accounting import Accountant, epsilon
 from fedlr.privacy.dpsgd import Mechanism, clip_groups
 from fedlr.privacy.events import Release
-from fedlr.privacy.ledger import JobKey, Ledger
+from fedlr.privacy.ledger import Booking, JobKey, Ledger
 from fedlr.privacy.noise import Stream, public_stream, secret_stream
-from fedlr.training.jobs import Abstention, Job, Provenance, SiteStatus
+from fedlr.training.jobs import Abstention, Job, Provenance, SiteStatus, job_digest
 from fedlr.training.local import LocalTask, LocalTrainer
 
 _log = logging.getLogger("fedlr.site")
@@ -126,7 +127,8 @@ class Site:
         Guarantees:
             In mode ``dp`` the round's events are durable in the ledger before
             the first gradient, and committed before the update is returned. An
-            interrupted round counts as spent in full. Whatever goes wrong, only
+            interrupted round counts as spent in full, and is not done again; a
+            job that was answered before gets the same update. Whatever goes wrong, only
             a code of `fedlr.training.jobs.ABSTENTION_CODES` and the ε spent are
             returned; the reason is logged on the site's own console. Not to be
             called from two threads at once: the model is shared.
@@ -166,26 +168,51 @@ class Site:
 
     def _train(self, job: Job) -> ClientUpdate | Abstention:
         """Reserve, train, commit; stop before a round that would exceed the budget."""
-        policy, steps = self.policy, self._trainer.settings.steps
-        spent: float | None = None
+        policy = self.policy
         if policy.mode == "none":
-            trained = self._run(job, None)
-        else:
+            return self._update(job, self._run(job, None), None)
+        key, digest = self._key(job), job_digest(job)
+        booking = self._ledger.recall(key)
+        if booking is not None and (policy.mode == "dp" or booking.committed):
+            return self._repeat(job, digest, booking)
+        mechanism = self._mechanism(job)
+        steps = self._trainer.settings.steps
+        release = Release(policy.noise_multiplier, policy.sample_rate, steps, policy.unit)
+        if booking is None:
             if self._ledger.joins() >= policy.max_joins:
                 return self._abstain("max_joins")
-            mechanism = self._mechanism(job)
-            release = Release(policy.noise_multiplier, policy.sample_rate, steps, policy.unit)
             spent = self._epsilon(release)
             if policy.mode == "dp" and spent > policy.epsilon:
                 return self._abstain("budget")
-            key = self._key(job)
-            if not self._ledger.reserve(key, release, policy.max_joins):
+            if not self._ledger.reserve(key, release, policy.max_joins, digest):
                 return self._abstain("max_joins")
-            trained = self._run(job, mechanism)
-            self._ledger.commit(key, release)
+        else:
+            # A dry job that was cut short has nothing to pay: it is done again.
+            spent = self._epsilon()
+        trained = self._run(job, mechanism)
+        self._ledger.commit(key, release, safetensors.torch.save(_named(trained)))
+        return self._update(job, trained, spent)
+
+    def _repeat(self, job: Job, digest: str, booking: Booking) -> ClientUpdate | Abstention:
+        """Answer a job that the ledger knows with what was already paid for, or not at all."""
+        if booking.job != digest:
+            _log.error("%s: another job has this nonce", self.policy.client)
+            return self._abstain("ledger")
+        if not booking.committed:
+            return self._abstain("forfeited")
+        if booking.update is None:
+            _log.error("%s: a later round has replaced this update", self.policy.client)
+            return self._abstain("ledger")
+        saved = safetensors.torch.load(booking.update)
+        trained = {key: saved[_name(key)] for key in self._trained_keys(job)}
+        return self._update(job, trained, self._epsilon())
+
+    def _update(self, job: Job, trained: Parts, spent: float | None) -> ClientUpdate:
+        """Return what leaves the site; what it does not send stays for a projecting phase."""
         self._released = ((job.run, job.round), trained)
         sent = {key: value for key, value in trained.items() if key.role in job.send}
-        return ClientUpdate(client=policy.client, parts=sent, steps=steps, epsilon=spent)
+        steps = self._trainer.settings.steps
+        return ClientUpdate(client=self.policy.client, parts=sent, steps=steps, epsilon=spent)
 
     def _mechanism(self, job: Job) -> Mechanism:
         policy = self.policy
@@ -265,3 +292,11 @@ class Site:
         except LedgerError as error:
             _log.error("%s: the ledger cannot be read: %s", self.policy.client, error)
             return self._abstain("failed")
+
+
+def _name(key: PartKey) -> str:
+    return f"{key.site}|{key.role.value}"
+
+
+def _named(parts: Parts) -> dict[str, torch.Tensor]:
+    return {_name(key): value.detach().cpu().contiguous() for key, value in parts.items()}

@@ -36,6 +36,22 @@ class JobKey:
                 raise ValueError(f"{name} = {value!r} must be a non-empty string")
 
 
+@dataclass(frozen=True)
+class Booking:
+    """What a ledger holds under one key.
+
+    Attributes:
+        job: Digest of the job it was reserved for; ``""`` where none was given.
+        committed: Whether it was committed; if not, it is open and counts whole.
+        update: What was released, as it was given to `Ledger.commit`; None while it
+            is open, and once a later commit of the same run and client has replaced it.
+    """
+
+    job: str
+    committed: bool
+    update: bytes | None
+
+
 class Ledger(Protocol):
     """Durable record of all that one data source has released; one contract, all stores.
 
@@ -45,7 +61,9 @@ class Ledger(Protocol):
         covers all that can have left the process.
     """
 
-    def reserve(self, key: JobKey, event: Release, max_joins: int | None = None) -> bool:
+    def reserve(
+        self, key: JobKey, event: Release, max_joins: int | None = None, job: str = ""
+    ) -> bool:
         """Book the most that the job can release, before its first gradient.
 
         Args:
@@ -54,6 +72,7 @@ class Ledger(Protocol):
             max_joins: Keys this ledger may hold, the new one included; counted in
                 the same transaction, so two processes cannot exceed it jointly.
                 None: no bound.
+            job: Digest of the whole job, for whoever asks again (`recall`).
 
         Returns:
             True; False where ``max_joins`` is reached, and nothing is booked.
@@ -63,18 +82,27 @@ class Ledger(Protocol):
         """
         ...
 
-    def commit(self, key: JobKey, event: Release) -> None:
+    def commit(self, key: JobKey, event: Release, update: bytes = b"") -> None:
         """Replace the reservation by what was released, before it leaves the process.
+
+        The update is kept with its event, in one transaction: whoever asks for the
+        same job again gets what is already paid for. Updates of earlier commits of
+        the same run and client are dropped: nobody asks for them once a later job came.
 
         Args:
             key: An open reservation.
             event: At most as many steps as reserved, everything else equal;
                 zero steps if nothing was released.
+            update: What leaves the process, encoded; noised already.
 
         Raises:
             LedgerError: The key is not open, or the event exceeds or differs
                 from its reservation; the reservation then stays open.
         """
+        ...
+
+    def recall(self, key: JobKey) -> Booking | None:
+        """Return what is booked under ``key``; None where nothing is."""
         ...
 
     def spent(self) -> tuple[Release, ...]:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedlr.errors import LedgerCorrupt, LedgerError
-from fedlr.privacy.booking import JobKey, Ledger
+from fedlr.privacy.booking import Booking, JobKey, Ledger
 from fedlr.privacy.events import Release, merge
 
-__all__ = ["MIGRATIONS", "JobKey", "Ledger", "MemoryLedger", "SqliteLedger"]
+__all__ = ["MIGRATIONS", "Booking", "JobKey", "Ledger", "MemoryLedger", "SqliteLedger"]
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -36,14 +36,19 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
         "INSERT INTO meta VALUES ('schema_version', '1')",
     ),
+    (
+        "ALTER TABLE entries ADD COLUMN job TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE entries ADD COLUMN released BLOB",
+    ),
 )
 """Statements that take schema version i to i + 1; only ever appended to."""
 
 _BUSY_SECONDS = 30.0
-_INSERT = "INSERT INTO entries (run, round, client, nonce, reserved) VALUES (?, ?, ?, ?, ?)"
+_INSERT = "INSERT INTO entries (run, round, client, nonce, reserved, job) VALUES (?, ?, ?, ?, ?, ?)"
 _KEY = "WHERE run = ? AND round = ? AND client = ? AND nonce = ?"
-_SELECT = f"SELECT reserved, committed FROM entries {_KEY}"
-_UPDATE = f"UPDATE entries SET committed = ? {_KEY}"
+_SELECT = f"SELECT reserved, committed, job, released FROM entries {_KEY}"
+_UPDATE = f"UPDATE entries SET committed = ?, released = ? {_KEY}"
+_DROP = "UPDATE entries SET released = NULL WHERE run = ? AND client = ? AND released IS NOT NULL"
 # Primary SQLite result codes that mean a broken or foreign file; the others
 # (busy, read-only, full, no such file) leave the ledger as it was.
 _DAMAGE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -55,10 +60,14 @@ class MemoryLedger:
     def __init__(self) -> None:
         self._reserved: dict[JobKey, Release] = {}
         self._committed: dict[JobKey, Release] = {}
+        self._jobs: dict[JobKey, str] = {}
+        self._updates: dict[tuple[str, str], tuple[JobKey, bytes]] = {}
         self._lock = threading.Lock()
         self._closed = False
 
-    def reserve(self, key: JobKey, event: Release, max_joins: int | None = None) -> bool:
+    def reserve(
+        self, key: JobKey, event: Release, max_joins: int | None = None, job: str = ""
+    ) -> bool:
         """See `Ledger.reserve`."""
         with self._open():
             if key in self._reserved:
@@ -66,15 +75,26 @@ class MemoryLedger:
             if max_joins is not None and len(self._reserved) >= max_joins:
                 return False
             self._reserved[key] = event
+            self._jobs[key] = job
             return True
 
-    def commit(self, key: JobKey, event: Release) -> None:
+    def commit(self, key: JobKey, event: Release, update: bytes = b"") -> None:
         """See `Ledger.commit`."""
         with self._open():
             if key in self._committed or key not in self._reserved:
                 raise LedgerError(_not_open(key))
             _check_covered(self._reserved[key], event)
             self._committed[key] = event
+            self._updates[key.run, key.client] = (key, update)
+
+    def recall(self, key: JobKey) -> Booking | None:
+        """See `Ledger.recall`."""
+        with self._open():
+            if key not in self._reserved:
+                return None
+            latest, update = self._updates.get((key.run, key.client), (None, b""))
+            kept = update if latest == key else None
+            return Booking(self._jobs[key], key in self._committed, kept)
 
     def spent(self) -> tuple[Release, ...]:
         """See `Ledger.spent`."""
@@ -134,24 +154,33 @@ class SqliteLedger:
             _create_file(self._path, source_id)
         self.source_id = self._check(source_id)
 
-    def reserve(self, key: JobKey, event: Release, max_joins: int | None = None) -> bool:
+    def reserve(
+        self, key: JobKey, event: Release, max_joins: int | None = None, job: str = ""
+    ) -> bool:
         """See `Ledger.reserve`."""
         with self._transaction() as database:
             if _row(database, key) is not None:
                 raise LedgerError(_known(key))
             if max_joins is not None and _joins(database) >= max_joins:
                 return False
-            database.execute(_INSERT, (*astuple(key), event.to_json()))
+            database.execute(_INSERT, (*astuple(key), event.to_json(), job))
             return True
 
-    def commit(self, key: JobKey, event: Release) -> None:
+    def commit(self, key: JobKey, event: Release, update: bytes = b"") -> None:
         """See `Ledger.commit`."""
         with self._transaction() as database:
             row = _row(database, key)
             if row is None or row[1] is not None:
                 raise LedgerError(_not_open(key))
             _check_covered(Release.from_json(row[0]), event)
-            database.execute(_UPDATE, (event.to_json(), *astuple(key)))
+            database.execute(_DROP, (key.run, key.client))
+            database.execute(_UPDATE, (event.to_json(), update, *astuple(key)))
+
+    def recall(self, key: JobKey) -> Booking | None:
+        """See `Ledger.recall`."""
+        with self._transaction() as database:
+            row = _row(database, key)
+        return None if row is None else Booking(str(row[2]), row[1] is not None, row[3])
 
     def spent(self) -> tuple[Release, ...]:
         """See `Ledger.spent`; raises LedgerError on an event it does not know."""
@@ -305,7 +334,7 @@ def _meta(database: sqlite3.Connection, name: str) -> str:
 
 
 def _row(database: sqlite3.Connection, key: JobKey) -> Any:
-    """Return (reserved, committed) of a key, or None."""
+    """Return (reserved, committed, job, released) of a key, or None."""
     return database.execute(_SELECT, astuple(key)).fetchone()
 
 

@@ -7,6 +7,8 @@ Flower apps put both into a message; nothing else crosses.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,7 @@ ABSTENTION_CODES = (
     "bad_job",
     "no_release",
     "ledger",
+    "forfeited",
     "failed",
 )
 """Every reason a site may give for not taking part; a fixed list, so that no text leaks.
@@ -37,6 +40,7 @@ ABSTENTION_CODES = (
 round would exceed its ε · ``provenance`` other base weights, tokenizer, labels or
 codec · ``bad_job`` the job's names or shapes do not fit · ``no_release`` a
 projecting phase without a release of this round · ``ledger`` the ledger refuses ·
+``forfeited`` the job was begun before and cut short: it is spent, and not done again ·
 ``failed`` anything else, explained on the operator's console only.
 """
 
@@ -138,6 +142,20 @@ def encode_job(job: Job) -> tuple[Arrays, Header]:
         **_provenance_header(job.provenance),
     }
     return codec.encode(job.parts), header
+
+
+def job_digest(job: Job) -> str:
+    """Return sha256, hex, of everything in ``job`` but its nonce.
+
+    Equal for two jobs exactly if a site would do the same for both; a nonce that comes
+    with another job is a mistake, or an attempt to have a paid update replaced.
+    """
+    arrays, header = encode_job(job)
+    digest = hashlib.sha256(json.dumps({**header, "nonce": ""}, sort_keys=True).encode())
+    for name in sorted(arrays):
+        digest.update(f"\0{name}\0{arrays[name].shape}\0".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def decode_job(arrays: Arrays, header: Mapping[str, Any]) -> Job:

@@ -60,13 +60,15 @@ class SpyLedger(MemoryLedger):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def reserve(self, key: JobKey, event: Release, max_joins: int | None = None) -> bool:
+    def reserve(
+        self, key: JobKey, event: Release, max_joins: int | None = None, job: str = ""
+    ) -> bool:
         self.calls.append("reserve")
-        return super().reserve(key, event, max_joins)
+        return super().reserve(key, event, max_joins, job)
 
-    def commit(self, key: JobKey, event: Release) -> None:
+    def commit(self, key: JobKey, event: Release, update: bytes = b"") -> None:
         self.calls.append("commit")
-        super().commit(key, event)
+        super().commit(key, event, update)
 
 
 @dataclass
@@ -203,7 +205,7 @@ def test_an_interrupted_round_counts_whole() -> None:
 def test_a_commit_that_fails_releases_nothing() -> None:
     one = bench()
 
-    def broken(key: JobKey, event: Release) -> None:
+    def broken(key: JobKey, event: Release, update: bytes = b"") -> None:
         raise LedgerError(SECRET)
 
     one.ledger.commit = broken  # type: ignore[method-assign]
@@ -214,13 +216,65 @@ def test_a_commit_that_fails_releases_nothing() -> None:
     )
 
 
-def test_one_nonce_is_one_release() -> None:
+def restarted(one: Bench) -> Bench:
+    """The same site in a new process: only its ledger is left."""
+    other = bench()
+    site = Site(one.site.policy, UNITS, cast(LocalTrainer, other.trainer), one.ledger, PROVENANCE)
+    other.trainer.calls = one.calls
+    return replace(one, site=site, trainer=other.trainer)
+
+
+@pytest.mark.parametrize("send", [BOTH, frozenset({Role.B})])
+def test_a_job_that_was_answered_gets_the_same_update_and_pays_once(send: frozenset[Role]) -> None:
+    one = bench()
+    first = one.update(send=send)
+    two = restarted(one)
+    again = two.update(send=send)
+    assert again.parts.keys() == first.parts.keys()
+    assert all(torch.equal(again.parts[key], first.parts[key]) for key in first.parts)
+    assert (again.steps, again.epsilon) == (first.steps, first.epsilon)
+    assert one.calls == ["reserve", "train", "commit"]
+    assert one.ledger.spent() == (RELEASE,)
+    # What the second process remembers of the round serves its projecting phase.
+    rotation = {PartKey(key.site, Role.ROTATION): torch.eye(first.parts[key].shape[0])
+                for key in first.parts if key.role is Role.B}  # fmt: skip
+    projected = two.update(
+        phase=1, train=frozenset(), send=frozenset({Role.CORE}), parts=rotation
+    ).parts
+    for key, value in projected.items():
+        assert torch.equal(value, first.parts[PartKey(key.site, Role.B)])
+    two.update(nonce="nonce-1", send=send)
+    assert one.ledger.joins() == 2
+
+
+def test_a_nonce_with_another_job_is_refused() -> None:
     one = bench()
     one.update()
-    assert one.ask() == Abstention("client-000", "ledger")
-    assert one.calls == ["reserve", "train", "commit", "reserve"]
+    other = {key: value + 1 for key, value in one.parts.items()}
+    for changes in ({"parts": other}, {"send": frozenset({Role.B})}):
+        assert one.ask(**changes) == Abstention("client-000", "ledger")
     assert one.ledger.spent() == (RELEASE,)
-    one.update(nonce="nonce-1")
+    # The update of an earlier round is gone once a later one was paid for.
+    one.update(round=1, nonce="nonce-1")
+    assert one.ask() == Abstention("client-000", "ledger")
+    assert one.calls.count("train") == 2
+
+
+def test_a_job_that_was_cut_short_is_forfeited_under_dp_and_done_again_when_dry() -> None:
+    for mode in ("dp", "dry"):
+        one = bench(error=KeyboardInterrupt(), mode=mode)
+        with pytest.raises(KeyboardInterrupt):
+            one.ask()
+        two = restarted(one)
+        if mode == "dp":
+            assert two.ask() == Abstention("client-000", "forfeited")
+            assert one.calls == ["reserve", "train"]
+            assert one.ledger.spent() == (RELEASE,)
+        else:
+            whole = bench(mode="dry").update().parts
+            again = two.update().parts
+            assert all(torch.equal(again[key], whole[key]) for key in whole)
+            assert one.ledger.joins() == 1
 
 
 def test_it_stops_after_the_rounds_that_its_noise_is_calibrated_for() -> None:

@@ -21,7 +21,7 @@ import pytest
 from fedlr.errors import LedgerCorrupt, LedgerError
 from fedlr.privacy import ledger as ledger_module
 from fedlr.privacy.events import Release
-from fedlr.privacy.ledger import JobKey, Ledger, MemoryLedger, SqliteLedger
+from fedlr.privacy.ledger import Booking, JobKey, Ledger, MemoryLedger, SqliteLedger
 
 EVENT = Release(1.1, 0.05, 10, "example")
 KEY = JobKey("run", 0, "client", "nonce")
@@ -142,6 +142,20 @@ class LedgerContract(ABC):
             ledger.commit(KEY, actual)
         assert ledger.spent() == (EVENT,)
         ledger.commit(KEY, EVENT)
+
+    def test_a_commit_keeps_its_update_until_the_next_of_its_client(self, ledger: Ledger) -> None:
+        assert ledger.recall(key(0)) is None
+        ledger.reserve(key(0), EVENT, job="digest")
+        assert ledger.recall(key(0)) == Booking("digest", False, None)
+        ledger.commit(key(0), EVENT, b"\x00update")
+        assert ledger.recall(key(0)) == Booking("digest", True, b"\x00update")
+        other = replace(key(0), client="another")
+        for name in (other, key(1)):
+            ledger.reserve(name, EVENT)
+            ledger.commit(name, EVENT, b"later")
+            assert ledger.recall(name) == Booking("", True, b"later")
+            kept = b"\x00update" if name == other else None
+            assert ledger.recall(key(0)) == Booking("digest", True, kept)
 
     def test_a_closed_ledger_refuses(self, ledger: Ledger) -> None:
         ledger.reserve(KEY, EVENT)
@@ -276,7 +290,7 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     ledger = SqliteLedger(path)
     with sqlite3.connect(path) as database:
-        database.execute("UPDATE meta SET value = '2' WHERE name = 'schema_version'")
+        database.execute("UPDATE meta SET value = '99' WHERE name = 'schema_version'")
     database.close()
     for call in (lambda: SqliteLedger(path), lambda: ledger.reserve(KEY, EVENT)):
         with pytest.raises(LedgerError, match="upgrade"):
@@ -296,8 +310,25 @@ def test_an_older_schema_is_migrated_forward(
     assert ledger.spent() == (replace(EVENT, steps=20),)
     with sqlite3.connect(path) as database:
         version = database.execute("SELECT value FROM meta WHERE name = 'schema_version'")
-        assert version.fetchone() == ("2",)
+        assert version.fetchone() == (str(len(ledger_module.MIGRATIONS)),)
     database.close()
+
+
+def test_a_ledger_of_the_first_schema_keeps_what_it_booked(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with sqlite3.connect(path) as database:
+        for statement in ledger_module.MIGRATIONS[0]:
+            database.execute(statement)
+        database.execute("INSERT INTO meta VALUES ('source_id', 's')")
+        for number, committed in ((0, EVENT.to_json()), (1, None)):
+            row = ("run", number, "client", "nonce", EVENT.to_json(), committed)
+            database.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", row)
+    database.close()
+    ledger = SqliteLedger(path, source_id="s")
+    assert ledger.spent() == (replace(EVENT, steps=20),)
+    assert ledger.recall(key(0)) == Booking("", True, None)
+    ledger.commit(key(1), EVENT, b"update")
+    assert ledger.recall(key(1)) == Booking("", True, b"update")
 
 
 def test_a_failed_migration_changes_nothing(
