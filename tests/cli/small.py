@@ -1,0 +1,33 @@
+"""A run of seconds, for the verbs that need one: a tiny model and few rows, in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fedlr.cli.main import main
+from tests.models import LONGEST, encoder
+from tests.test_build import saved
+
+LABELS = ("no", "yes")
+TEXTS = ("a b c", "d", "e e a b a b c d e", "c c d")
+
+
+def simulate(folder: Path, *words: str, status: int = 0) -> Path:
+    """Run three private rounds in ``folder`` and return the run folder."""
+    lines = [{"text": TEXTS[i % 4], "label": LABELS[i % 3 % 2]} for i in range(40)]
+    (folder / "data").mkdir()
+    for split in ("train", "validation"):
+        text = "\n".join(map(json.dumps, lines)) + "\n"
+        (folder / "data" / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    settings = [
+        *("model=encoder", f"model.name={saved(encoder('bert'), folder / 'model')}"),
+        *("data=file", f"data.path={folder / 'data'}", f"data.label_names=[{','.join(LABELS)}]"),
+        *("adapter=query_value", "adapter.rank=2", f"model.max_length={LONGEST}"),
+        *("federation.clients=2", "federation.clients_per_round=2", "federation.rounds=3"),
+        *("federation.evaluate_every=1", "optimizer.steps=1", "optimizer.expected_batch=4"),
+        *("privacy.accountant=rdp", "kernels.device=cpu", f"output={folder / 'runs'}"),
+    ]
+    assert main(["simulate", *settings, *words]) == status
+    (found,) = (folder / "runs").rglob("run.json")
+    return found.parent
