@@ -9,24 +9,22 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedlr.adapters.codec import SCHEMA
-from fedlr.adapters.export import AdapterCard, save_adapter
 from fedlr.adapters.inject import inject
 from fedlr.adapters.surgery import AdaptedModel
 from fedlr.config import HeadConfig, RunConfig
 from fedlr.data.batching import tokenise
 from fedlr.data.dataset import LoadedData
-from fedlr.data.sources import SourceSpec, load
+from fedlr.data.sources import SourceSpec, check_present, load
 from fedlr.data.stdlib import LABEL_TEXTS
 from fedlr.errors import ConfigError
 from fedlr.lowrank.subspace import SUBSPACES
-from fedlr.methods.method import Layout, Method, Parts
+from fedlr.methods.method import Layout, Method
 from fedlr.methods.registry import METHODS
 from fedlr.methods.registry import build as build_method
 from fedlr.planning import ClientPlan, plan_clients
@@ -79,6 +77,11 @@ class Workbench:
     majority: float
     notices: tuple[str, ...]
 
+    @property
+    def whole_head(self) -> dict[str, Tensor]:
+        """Every parameter of the head, frozen ones too, by the name it has in parts."""
+        return {f"head.{key}": value for key, value in self.head.state_dict().items()}
+
 
 def build(
     config: RunConfig,
@@ -103,6 +106,7 @@ def build(
     if config.kernels.threads is not None:
         torch.set_num_threads(config.kernels.threads)
     device = _device(config)
+    check_present(source_spec(config))
     say(f"loading the model {config.model.name}")
     base = load_base(
         config.model.name,
@@ -115,12 +119,13 @@ def build(
     check_rows_alone(base, config.model.max_length)
     say("reading the data")
     data = load(source_spec(config))
-    clients = plan_clients(config, data, noise, say)
     head = build_head(config, base, data.label_names)
     adapter = config.adapter
     encoder, sites = inject(
         base.encoder, adapter.modules, adapter.layers, adapter.rank, adapter.alpha
     )
+    # After what is quickly found wrong, before what takes long.
+    clients = plan_clients(config, data, noise, say)
     prefix = find_prefix(encoder, sites)
     classifier = Classifier(encoder, head.to(device).requires_grad_(False), prefix)
     adapted = AdaptedModel(encoder, sites, _trained_head(head, config.model.head))
@@ -150,30 +155,6 @@ def build(
         clients=clients,
         majority=float(np.bincount(data.validation.labels).max() / len(data.validation)),
         notices=data.notices,
-    )
-
-
-def save_result(workbench: Workbench, parts: Parts, folder: Path, card: str) -> None:
-    """Write adapter and head of ``parts`` into ``folder`` (`fedlr.adapters.export`).
-
-    Args:
-        workbench: What ran.
-        parts: The final arrays.
-        folder: Made if missing.
-        card: Body of the folder's ``README.md``, Markdown.
-    """
-    head = workbench.config.model.head
-    save_adapter(
-        workbench.adapted,
-        parts,
-        folder,
-        AdapterCard(workbench.base.name, card),
-        {f"head.{key}": value for key, value in workbench.head.state_dict().items()},
-        {
-            "kind": head.kind,
-            "feature_scale": head.feature_scale,
-            "label_names": list(workbench.data.label_names),
-        },
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedlr.config import RunConfig
@@ -82,27 +82,36 @@ def plan_clients(
         config.partition.alpha,
         unit,
     )
-    plans, problems = [], []
+    plans = []
     for index, rows in enumerate(parts):
         units = UnitIndex.of(data.train.users, rows, unit)
         declared = declared_size(units.count)
         size = max(1, declared)
         delta = config.privacy.delta or min(1e-5, 1 / (10 * size))
-        if config.privacy.mode == "dp" and delta >= 1 / size and declared > 1:
-            problems.append(
-                f"privacy.delta = {delta} must be < 1/N = {1 / size:.3g} of client-{index:03d} "
-                f"with N = {size}; lower it, or set it to null"
-            )
         plans.append(ClientPlan(f"client-{index:03d}", units, declared, delta, 0.0))
-    if problems:
-        raise ConfigError(problems)
     if config.privacy.mode != "dp":
         return tuple(plans)
+    _check_delta(plans)
     if noise is not None:
         return tuple(replace(plan, noise_multiplier=noise[plan.name]) for plan in plans)
     distinct = len({(plan.declared_size, plan.delta) for plan in plans})
     say(f"calibrating the noise of {len(plans)} clients ({distinct} different sizes)")
     return tuple(replace(plan, noise_multiplier=_sigma(config, plan)) for plan in plans)
+
+
+def _check_delta(plans: Sequence[ClientPlan]) -> None:
+    """Raise ConfigError unless δ < 1/N everywhere; the largest client is the one to fit."""
+    sized = [plan for plan in plans if plan.declared_size > 1]
+    broken = [plan for plan in sized if plan.delta >= 1 / plan.declared_size]
+    if broken:
+        worst = max(broken, key=lambda plan: plan.declared_size)
+        raise ConfigError(
+            [
+                f"privacy.delta = {worst.delta} must be < 1/N = {1 / worst.declared_size:.3g} of "
+                f"{worst.name} with N = {worst.declared_size} ({len(broken)} of {len(plans)} "
+                "clients are too large for it); lower it, or set it to null"
+            ]
+        )
 
 
 def _sigma(config: RunConfig, plan: ClientPlan) -> float:

@@ -110,14 +110,15 @@ def inject(
 
     checks.positive("adapter.alpha", alpha)
     chosen = matching_layers(model, modules, layers)
-    problems = [
-        f"adapter.rank = {rank} must be ≤ {min(layer.in_features, layer.out_features)}, the "
-        f"smaller side of {name} ({layer.out_features} × {layer.in_features}); lower it"
-        for name, layer in chosen.items()
-        if rank > min(layer.in_features, layer.out_features)
-    ]
-    if problems:
-        raise ConfigError(problems)
+    name, smallest = min(chosen.items(), key=lambda item: min(item[1].weight.shape))
+    if rank > min(smallest.weight.shape):
+        m, n = smallest.weight.shape
+        raise ConfigError(
+            [
+                f"adapter.rank = {rank} must be ≤ {min(m, n)}, the smaller side of {name} "
+                f"({m} × {n}), the smallest adapted layer; lower it"
+            ]
+        )
     sites = tuple(
         AdapterSite(name, layer.out_features, layer.in_features, rank, alpha / rank)
         for name, layer in chosen.items()

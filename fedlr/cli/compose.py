@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlr.cli.overrides import sort_out
 from fedlr.config import RunConfig, from_mapping
 from fedlr.errors import ConfigError
 
@@ -33,17 +34,37 @@ def compose(overrides: Sequence[str]) -> RunConfig:
 
     Args:
         overrides: As on Hydra's command line: ``method=ffa_lora``,
-            ``federation.rounds=5``, ``+experiment=...``.
+            ``federation.rounds=5``, ``experiment=...``.
 
     Raises:
-        ConfigError: An override that Hydra cannot parse or find, with Hydra's
-            reason, or everything `fedlr.config.from_mapping` objects to.
+        ConfigError: Everything that is wrong at once: overrides that name nothing
+            or cannot be read, and what `fedlr.config.from_mapping` objects to in
+            what the others compose.
     """
-    return from_mapping(compose_mapping(overrides))
+    good, problems = sort_out(overrides, choices())
+    try:
+        config = from_mapping(_without_gaps(_compose(good)))
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 def compose_mapping(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the composed plain mapping, unchecked except for missing values."""
+    """Return the composed plain mapping, values unchecked; ``???`` stands for what is missing.
+
+    Raises:
+        ConfigError: With all overrides that name nothing or cannot be read.
+    """
+    good, problems = sort_out(overrides, choices())
+    if problems:
+        raise ConfigError(problems)
+    return _compose(good)
+
+
+def _compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """Compose overrides that `sort_out` let through."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -53,18 +74,24 @@ def compose_mapping(overrides: Sequence[str]) -> dict[str, Any]:
     try:
         with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
             composed: DictConfig = hydra_compose("config", overrides=list(overrides))
-        missing = sorted(OmegaConf.missing_keys(composed))
-        if missing:
-            raise ConfigError([f"{key} is missing; give {key}=<value>" for key in missing])
         mapping: Any = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        # The first line is the reason; below it come Hydra's search path and object types.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        words = " ".join(overrides)
         raise ConfigError(
-            [f"the overrides cannot be composed: {reason}. `fedlr simulate --help` lists choices"]
+            [f"{words} cannot be composed: {reason}; change or leave out one of these overrides"]
         ) from error
     for section in ("experiment", "debug"):
         mapping.pop(section, None)
     return {str(key): value for key, value in mapping.items()}
+
+
+def _without_gaps(values: Any) -> Any:
+    """Return ``values`` with null for the mandatory settings that nobody gave."""
+    if isinstance(values, dict):
+        return {key: _without_gaps(value) for key, value in values.items()}
+    return None if values == "???" else values
 
 
 def choices() -> dict[str, list[str]]:

@@ -10,24 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlr.cli.compose import choices, compose, compose_mapping
-from fedlr.cli.results import summarise, write_results
-from fedlr.config import RunConfig, to_json
-from fedlr.errors import RunError
-from fedlr.report.folder import check_output, create_run_folder, write_config
-from fedlr.report.live import LiveProgress
-from fedlr.report.records import RoundLog
+from fedlr.config import RunConfig
+from fedlr.errors import ConfigError, RunError
+from fedlr.report.folder import check_output, create_run_folder
+from fedlr.report.records import read_rounds
 from fedlr.report.tables import show_closing
 
 if TYPE_CHECKING:
     from flwr.app import UserConfig
+    from flwr.serverapp import ServerApp
 
-    from fedlr.build import Workbench
     from server.outcome import Outcome
+    from server.session import Session
 
 _USAGE = """\
 usage: fedlr simulate [overrides]
+       fedlr simulate resume=<run folder>
 
 Runs a federation on this machine and prints the run folder's path as its last line.
+A run that was stopped, by Ctrl-C or a crash, goes on with resume=<its folder>.
 
 choices (section=choice):
 {choices}
@@ -37,12 +38,15 @@ any single value can be overridden too, for example
   fedlr simulate data=file data.path=my/folder model=encoder model.name=my/model
 `fedlr simulate --cfg [overrides]` prints the composed configuration and stops."""
 
+RESUME = "resume="
+
 
 def run(words: Sequence[str]) -> int:
     """Run the verb.
 
     Args:
-        words: Hydra overrides, or ``--help``, or ``--cfg`` and overrides.
+        words: Hydra overrides, or ``resume=<folder>``, or ``--help``, or ``--cfg`` and
+            overrides.
 
     Returns:
         0; errors are raised as `fedlr.errors.FedlrError`.
@@ -52,6 +56,9 @@ def run(words: Sequence[str]) -> int:
         print(_USAGE.format(choices=listed))
         return 0
     overrides = [word for word in words if word != "--cfg"]
+    if any(word.startswith(RESUME) for word in overrides):
+        print(resume(_folder_to_resume(list(words))))
+        return 0
     if "--cfg" in words:
         from omegaconf import OmegaConf
 
@@ -65,22 +72,78 @@ def simulate(config: RunConfig) -> Path:
     """Run the federation that ``config`` describes and return its run folder.
 
     Args:
-        config: A checked configuration; ``federation.engine`` is ``local``.
+        config: A checked configuration.
 
     Raises:
         FedlrError: The run cannot be built or started, or completed no round; what
             had been written stays, nothing of another run is touched.
     """
     from fedlr.build import build
+    from server.session import begin
 
-    started = time.monotonic()
-    check_output(Path(config.output), config.name)
+    began = time.monotonic()
+    output = Path(config.output).expanduser()
+    check_output(output, config.name)
     workbench = build(config, _say)
-    folder = create_run_folder(Path(config.output), config.name, datetime.now())
-    write_config(folder, to_json(config))
-    outcome = run_federation(workbench, folder)
-    summary = summarise(workbench, outcome, time.monotonic() - started)
-    write_results(workbench, outcome, summary, folder)
+    folder = create_run_folder(output, config.name, datetime.now())
+    return _complete(begin(workbench, folder, began))
+
+
+def resume(folder: Path) -> Path:
+    """Continue the run in ``folder`` to its last round; nothing happens if that is done.
+
+    Raises:
+        FedlrError: As `server.session.resume` and `simulate`.
+    """
+    from server import session
+    from server.journal import ROUNDS
+
+    summary = session.finished(folder)
+    if summary is None:
+        return _complete(session.resume(folder, _say))
+    _say("the run is finished; nothing is left to do")
+    show_closing(summary, read_rounds(folder / ROUNDS), sys.stdout)
+    return folder
+
+
+def run_session(session: Session) -> Outcome:
+    """Run the rounds that are left on the engine of the configuration."""
+    from server.app import make_server_app
+
+    finished: list[Outcome] = []
+    server = make_server_app(lambda _: session.strategy(), finished.append)
+    _run_local(session, server)
+    return finished[0]
+
+
+def _run_local(session: Session, server: ServerApp) -> None:
+    """Call server and clients in this process, on one resident model."""
+    from client.app import make_client_app
+    from client.simulation import make_sites
+    from server.app import run_in_process
+    from server.grid import InProcessGrid
+    from server.session import LEDGERS
+
+    sites = make_sites(session.workbench, session.folder / LEDGERS)
+    count = len(sites)
+    client = make_client_app(lambda context: sites[int(context.node_config["partition-id"])])
+    nodes: dict[int, UserConfig] = {
+        index + 1: {"partition-id": index, "num-partitions": count} for index in range(count)
+    }
+    run_in_process(server, InProcessGrid(client, nodes))
+
+
+def _complete(session: Session) -> Path:
+    """Run what is left, write and show the results, and return the run folder."""
+    folder = session.folder
+    try:
+        outcome = run_session(session)
+        summary = session.finish(outcome)
+    except KeyboardInterrupt:
+        _say(f"stopped; `fedlr simulate {RESUME}{folder}` goes on after the last whole round")
+        raise
+    finally:
+        session.close()
     show_closing(summary, outcome.records, sys.stdout)
     if summary.rounds == 0:
         raise RunError(
@@ -89,51 +152,18 @@ def simulate(config: RunConfig) -> Path:
     return folder
 
 
-def run_federation(workbench: Workbench, folder: Path) -> Outcome:
-    """Run the rounds on the in-process engine, logging into ``folder``."""
-    import torch
-
-    from client.app import make_client_app
-    from client.simulation import make_sites
-    from server.app import make_server_app, run_in_process
-    from server.grid import InProcessGrid
-    from server.hooks import Hooks
-    from server.outcome import StrategyConfig
-    from server.strategy import FederatedStrategy
-
-    config, federation = workbench.config, workbench.config.federation
-    sites = make_sites(workbench, folder / "ledgers")
-    private = config.privacy.mode == "dp"
-    hooks = Hooks(
-        evaluate=workbench.evaluator,
-        log=RoundLog(folder / "rounds.jsonl"),
-        progress=LiveProgress(config.privacy.epsilon if private else None),
-    )
-    settings = StrategyConfig(
-        run=folder.name,
-        seed=config.seed,
-        rounds=federation.rounds,
-        clients=federation.clients,
-        clients_per_round=federation.clients_per_round,
-        min_clients=federation.min_clients,
-        evaluate_every=federation.evaluate_every,
-        average_rounds=federation.average_rounds,
-        weights=config.method.weights,
-        update_norm_bound=config.method.update_norm_bound,
-    )
-    start = workbench.method.init(workbench.layout, torch.Generator().manual_seed(config.seed))
-    finished: list[Outcome] = []
-    server = make_server_app(
-        lambda _: FederatedStrategy(settings, workbench.method, start, workbench.provenance, hooks),
-        finished.append,
-    )
-    count = len(sites)
-    client = make_client_app(lambda context: sites[int(context.node_config["partition-id"])])
-    nodes: dict[int, UserConfig] = {
-        index + 1: {"partition-id": index, "num-partitions": count} for index in range(count)
-    }
-    run_in_process(server, InProcessGrid(client, nodes))
-    return finished[0]
+def _folder_to_resume(words: list[str]) -> Path:
+    """Return the folder of ``resume=<folder>``, which stands alone."""
+    others = [word for word in words if not word.startswith(RESUME)]
+    folder = words[0].removeprefix(RESUME) if len(words) == 1 else ""
+    if others or not folder:
+        raise ConfigError(
+            [
+                f"{' '.join(words)} cannot be combined: a resumed run keeps its configuration. "
+                f"Give {RESUME}<run folder> alone, or start a new run without it"
+            ]
+        )
+    return Path(folder)
 
 
 def _say(line: str) -> None:

@@ -6,7 +6,7 @@ anything is loaded. `to_json` is the one canonical string that travels to other
 processes.
 """
 
-from fedlr.config.decode import from_json, from_mapping, to_json
+from fedlr.config.decode import from_json, from_mapping, setting_names, to_json
 from fedlr.config.schema import (
     AdapterConfig,
     DataConfig,
@@ -37,5 +37,6 @@ __all__ = [
     "SubspaceConfig",
     "from_json",
     "from_mapping",
+    "setting_names",
     "to_json",
 ]

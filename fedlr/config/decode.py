@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any, Literal, TypeVar, cast
 
-from fedlr.config.rules import cross_problems, range_problems
+from fedlr.config.rules import cross_problems, missing, range_problems
 from fedlr.config.schema import RunConfig
 from fedlr.errors import ConfigError
 
@@ -34,11 +36,15 @@ def from_mapping(values: Mapping[str, Any]) -> RunConfig:
         0
     """
     problems = _unknown_keys(RunConfig, values, "")
-    ill_typed: list[str] = []
+    ill_typed: dict[str, str] = {}
     config = _build(RunConfig, values, "", ill_typed)
-    problems += [*ill_typed, *range_problems(config)]
-    if not ill_typed:  # a default in the place of a bad value would contradict others
-        problems += cross_problems(config)
+    problems += [*ill_typed.values(), *range_problems(config)]
+    # A default stands in the place of a bad value: what names that field is no contradiction.
+    problems += [
+        problem
+        for problem in cross_problems(config)
+        if not any(re.search(rf"(?<![\w.]){re.escape(path)}\b", problem) for path in ill_typed)
+    ]
     if problems:
         raise ConfigError(problems)
     return config
@@ -58,26 +64,44 @@ def from_json(text: str) -> RunConfig:
     return from_mapping(values)
 
 
+def setting_names(kind: type[Any] = RunConfig, prefix: str = "") -> tuple[str, ...]:
+    """Return the dotted names of all settings and of the sections they are in.
+
+    Example:
+        >>> [name for name in setting_names() if name.startswith("subspace")]
+        ['subspace', 'subspace.kind']
+    """
+    names: list[str] = []
+    for name, hint in typing.get_type_hints(kind).items():
+        names.append(f"{prefix}{name}")
+        if is_dataclass(hint):
+            names += setting_names(cast(type[Any], hint), f"{prefix}{name}.")
+    return tuple(names)
+
+
 def _unknown_keys(kind: type[Any], values: Any, prefix: str) -> list[str]:
     """Name the keys of a section and of those within it that are no settings."""
     if not isinstance(values, Mapping):
         return []
     hints = typing.get_type_hints(kind)
-    problems = [
-        f"{prefix}{key} is not a setting; known here: {', '.join(hints)}"
-        for key in values
-        if key not in hints
-    ]
+    problems = []
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f" did you mean {prefix}{near[0]}?" if near else ""
+            known = ", ".join(hints)
+            problems.append(f"{prefix}{key} is not a setting;{hint} known here: {known}")
     for name, hint in hints.items():
         if is_dataclass(hint) and name in values:
             problems += _unknown_keys(cast(type[Any], hint), values[name], f"{prefix}{name}.")
     return problems
 
 
-def _build(kind: type[_T], values: Any, prefix: str, problems: list[str]) -> _T:
-    """Build one dataclass; problems are appended, defaults stand in for bad fields."""
+def _build(kind: type[_T], values: Any, prefix: str, problems: dict[str, str]) -> _T:
+    """Build one dataclass; problems are added by name, defaults stand in for bad fields."""
     if not isinstance(values, Mapping):
-        problems.append(f"{prefix.rstrip('.') or 'configuration'} = {values!r} must be a section")
+        section = prefix.rstrip(".") or "configuration"
+        problems[section] = f"{section} = {_shown(values)} must be a section"
         return kind()
     hints = typing.get_type_hints(kind)
     known = {item.name: item for item in fields(cast(Any, kind))}
@@ -86,18 +110,26 @@ def _build(kind: type[_T], values: Any, prefix: str, problems: list[str]) -> _T:
         path = f"{prefix}{name}"
         if name not in values:
             if item.default is MISSING and item.default_factory is MISSING:
-                problems.append(f"{path} is missing")
+                problems[path] = f"{path} is missing"
             continue
         hint = hints[name]
         if is_dataclass(hint):
             built[name] = _build(cast(type[Any], hint), values[name], f"{path}.", problems)
             continue
         converted, complaint = _convert(hint, values[name])
-        if complaint:
-            problems.append(f"{path} = {values[name]!r} must be {complaint}")
-        else:
+        if not complaint:
             built[name] = converted
+        elif values[name] is None:
+            problems[path] = missing(path, complaint)
+        else:
+            problems[path] = f"{path} = {_shown(values[name])} must be {complaint}"
     return kind(**built)
+
+
+def _shown(value: Any) -> str:
+    """Return ``value`` as it is written in YAML and on the command line."""
+    names = {None: "null", True: "true", False: "false"}
+    return names[value] if value is None or isinstance(value, bool) else repr(value)
 
 
 def _convert(hint: Any, value: Any) -> tuple[Any, str | None]:

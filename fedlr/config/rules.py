@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from fedlr import checks
 from fedlr.config.schema import RunConfig
+
+_WANTED = {
+    "model.name": "model=encoder needs model.name=<hub name or local folder>",
+    "data.path": "data=file needs data.path=<folder or file>",
+    "data.name": "data=hub needs data.name=<data set>, e.g. data.name=stanfordnlp/sst2",
+}
+
+_HINTS = {"privacy.epsilon": "; to train without any guarantee set privacy=none"}
+
+
+def missing(name: str, kind: str) -> str:
+    """Say that a setting has no value, and what it wants; ``kind`` is e.g. ``an integer``."""
+    return f"{name} is missing; {_WANTED.get(name) or f'give {name}=<{kind}>'}"
 
 
 def range_problems(config: RunConfig) -> list[str]:
@@ -31,6 +45,9 @@ def range_problems(config: RunConfig) -> list[str]:
         (checks.at_least, "federation.min_clients", (federation.min_clients, 1)),
         (checks.at_least, "federation.evaluate_every", (federation.evaluate_every, 1)),
         (checks.at_least, "federation.average_rounds", (federation.average_rounds, 1)),
+        (checks.positive, "federation.start_timeout_s", (federation.start_timeout_s,)),
+        (checks.at_least, "federation.cpus_per_client", (federation.cpus_per_client, 1)),
+        (checks.non_negative, "federation.gpus_per_client", (federation.gpus_per_client,)),
         (checks.at_least, "kernels.physical_batch", (config.kernels.physical_batch, 1)),
         (checks.at_least, "kernels.prefix_cache_mb", (config.kernels.prefix_cache_mb, 0)),
         (checks.in_range, "data.validation_fraction", (config.data.validation_fraction, 0.01, 0.9)),
@@ -44,6 +61,7 @@ def range_problems(config: RunConfig) -> list[str]:
         (checks.at_least, "privacy.max_joins", privacy.max_joins, (1,)),
         (checks.positive, "optimizer.head_learning_rate", optimizer.head_learning_rate, ()),
         (checks.at_least, "data.max_examples", config.data.max_examples, (1,)),
+        (checks.positive, "federation.round_timeout_s", federation.round_timeout_s, ()),
         (checks.at_least, "kernels.threads", config.kernels.threads, (1,)),
     ]
     tests.extend((check, name, (v, *rest)) for check, name, v, rest in optional if v is not None)
@@ -52,7 +70,7 @@ def range_problems(config: RunConfig) -> list[str]:
         try:
             check(name, *arguments)
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(f"{error}{_HINTS.get(name, '')}")
     return problems
 
 
@@ -81,6 +99,16 @@ def _federation_rules(config: RunConfig) -> list[tuple[bool, str]]:
             f"federation.rounds = {federation.rounds}; lower it",
         ),
         (
+            federation.address is not None and federation.engine != "ray",
+            f"federation.address = {federation.address!r} but federation.engine = "
+            f"{federation.engine} uses no cluster; add federation=ray, or leave the address out",
+        ),
+        (
+            federation.address is not None and not re.fullmatch(r".+:\d{1,5}", federation.address),
+            f"federation.address = {federation.address!r} must be host:port of a Ray cluster's "
+            "head, e.g. 10.0.0.1:6379",
+        ),
+        (
             config.partition.kind == "dirichlet" and config.partition.alpha is None,
             "partition.alpha is missing; partition=dirichlet needs it, e.g. partition.alpha=0.5",
         ),
@@ -92,11 +120,11 @@ def _data_rules(config: RunConfig) -> list[tuple[bool, str]]:
     return [
         (
             data.kind == "file" and not data.path,
-            "data.path is missing; data=file needs data.path=<folder>",
+            missing("data.path", "a text"),
         ),
         (
             data.kind == "hub" and not data.name,
-            "data.name is missing; data=hub needs data.name=<data set>",
+            missing("data.name", "a text"),
         ),
         (
             not 1 <= len(data.text_columns) <= 2,
@@ -142,11 +170,12 @@ def _model_rules(config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             config.method.name == "head_only" and not head.trained,
-            "method.name = head_only but the head is not trained, so nothing would be learned; "
+            "method.name = head_only but model.head.trained = false, so nothing would be learned; "
             "set model/head=linear",
         ),
         (
             config.privacy.head_share is not None and not head.trained,
-            "privacy.head_share is set but the head is not trained; set privacy.head_share=null",
+            "privacy.head_share is set but model.head.trained = false; set "
+            "privacy.head_share=null, or model/head=linear",
         ),
     ]

@@ -195,7 +195,8 @@ class FederationConfig:
     """Who takes part and when.
 
     Attributes:
-        engine: ``local`` runs every client in this process.
+        engine: ``local`` runs every client in this process; ``ray`` runs them on
+            Flower's simulation engine, in processes of a Ray cluster.
         clients: Number of clients K.
         clients_per_round: Cohort size, ≤ clients.
         rounds: Number of rounds.
@@ -203,15 +204,29 @@ class FederationConfig:
         evaluate_every: Evaluate on public data every k rounds (and at the end).
         average_rounds: The result is the mean of the effective weights of the last
             this many rounds; 1 is the last round alone. Free post-processing.
+        start_timeout_s: Seconds until every client must have answered before the first
+            round; each process loads the model in that time.
+        round_timeout_s: Seconds after which a round goes on without the clients that
+            have not answered; null waits for all (``flwr run``: one hour).
+        address: ``host:port`` of an existing Ray cluster (``ray``); null starts one on
+            this machine.
+        cpus_per_client: CPUs of each client process (``ray``), also its torch threads.
+        gpus_per_client: GPUs of each client process (``ray``); 0.5 shares one between
+            two, 0 hides them.
     """
 
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "ray"] = "local"
     clients: int = 6
     clients_per_round: int = 6
     rounds: int = 8
     min_clients: int = 1
     evaluate_every: int = 2
     average_rounds: int = 1
+    start_timeout_s: float = 600.0
+    round_timeout_s: float | None = None
+    address: str | None = None
+    cpus_per_client: int = 1
+    gpus_per_client: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

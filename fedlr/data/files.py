@@ -49,9 +49,7 @@ def load(spec: SourceSpec) -> LoadedData:
     if spec.path is None:
         raise ConfigError(["data.path is not set; data=file needs a folder or a file"])
     path = Path(spec.path)
-    if not path.exists():
-        raise DataError(f"data.path = {spec.path} does not exist. Give a folder or a file.")
-    if path.is_file():
+    if is_file(path):
         choose_validation((), spec, spec.path)
         label_names = _label_names(path.parent, spec)
         return assemble(spec, _read(path, spec, label_names), None, label_names)
@@ -60,8 +58,9 @@ def load(spec: SourceSpec) -> LoadedData:
     if train is None:
         present = ", ".join(sorted(entry.name for entry in path.iterdir())[:20])
         raise DataError(
-            f"{path} has no file {spec.train_split}.* ending in {', '.join(ENDINGS)}; it has "
-            f"{present or 'no files'}. Add one or set data.train_split."
+            f"data.path = {str(path)!r} has no file {spec.train_split}.* ending in "
+            f"{', '.join(ENDINGS)}; it has {present or 'no files'}. Add one or set "
+            "data.train_split."
         )
     label_names = _label_names(path, spec)
     chosen, notices = choose_validation(splits, spec, str(path))
@@ -69,6 +68,22 @@ def load(spec: SourceSpec) -> LoadedData:
     if chosen is not None:
         validation = _read(splits[chosen], replace(spec, user_column=None), label_names)
     return assemble(spec, _read(train, spec, label_names), validation, label_names, notices)
+
+
+def is_file(path: Path) -> bool:
+    """Return whether ``path`` is a file, or else a folder; DataError if it is neither."""
+    try:
+        if path.exists():
+            if path.is_dir():
+                next(path.iterdir(), None)  # may not be allowed
+            return not path.is_dir()
+    except OSError as error:
+        raise DataError(
+            f"data.path = {str(path)!r} cannot be read: {error.strerror or error}. Give a folder "
+            "or a file that this user may read."
+        ) from error
+    place = "" if path.is_absolute() else f" in {Path.cwd()}"
+    raise DataError(f"data.path = {str(path)!r} does not exist{place}. Give a folder or a file.")
 
 
 def _split_files(folder: Path) -> dict[str, Path]:

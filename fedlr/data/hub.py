@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedlr.data.dataset import LoadedData
+from fedlr.data.reach import cache_if_silent, unknown, unreachable, verdict
 from fedlr.data.rows import (
     assemble,
     build_dataset,
@@ -63,30 +64,29 @@ def load(spec: SourceSpec) -> LoadedData:
 
 
 def _download(name: str, subset: str | None) -> Mapping[str, Any]:
-    """Return every split of a data set, from the local cache where it is there."""
+    """Return every split of a data set; from the local cache where the hub does not answer."""
     import datasets
 
     where = f"data.name = {name!r}" + ("" if subset is None else f", data.subset = {subset!r}")
-    try:
-        splits: Mapping[str, Any] = datasets.load_dataset(name, subset)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise DataError(
-            f"{where}: there is no such data set, or it needs a login. Check the spelling "
-            "(owner/name), or log in with `hf auth login`."
-        ) from error
-    except ConnectionError as error:
-        raise DataError(
-            f"{where}: the hub cannot be reached and the data set is not in the local cache. Go "
-            "online once, or use data=file with a copy, or the embedded data=stdlib."
-        ) from error
-    # The loader lets through the exceptions of some ten libraries (HTTP clients, Arrow,
-    # compression, file systems) that share no base class but this one.
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise DataError(
-            f"{where} cannot be loaded ({type(error).__name__}: {reason}). Check the name and the "
-            "subset, or use data=file with a copy."
-        ) from error
+    elsewhere = "or use data=file with a copy, or the embedded data=stdlib"
+    with cache_if_silent(name) as silence:
+        try:
+            splits: Mapping[str, Any] = datasets.load_dataset(name, subset)
+        except datasets.exceptions.DatasetNotFoundError as error:
+            raise DataError(f"{where} {unknown('data set')}, {elsewhere}") from error
+        except ConnectionError as error:
+            raise DataError(f"{where} {unreachable(silence)}, {elsewhere}") from error
+        # The loader lets through the exceptions of some ten libraries (HTTP clients, Arrow,
+        # compression, file systems) that share no base class but this one.
+        except Exception as error:
+            told = verdict(error, "data set", silence)
+            if told:
+                raise DataError(f"{where} {told}, {elsewhere}") from error
+            reason = (str(error).splitlines() or [""])[0]
+            raise DataError(
+                f"{where} cannot be loaded ({type(error).__name__}: {reason}). Check the name and "
+                "the subset, or use data=file with a copy."
+            ) from error
     return splits
 
 

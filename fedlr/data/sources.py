@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from fedlr.data import files, hub, stdlib
 from fedlr.data.dataset import LoadedData, shorten
 from fedlr.data.spec import SourceSpec
 from fedlr.errors import ConfigError
 
-__all__ = ["SourceSpec", "load"]
+__all__ = ["SourceSpec", "check_present", "load"]
+
+
+def check_present(spec: SourceSpec) -> None:
+    """Raise DataError now if local data are not where ``spec`` says; reads no row."""
+    if spec.kind == "file" and spec.path is not None:
+        files.is_file(Path(spec.path))
 
 
 def load(spec: SourceSpec) -> LoadedData:

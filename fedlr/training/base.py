@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fedlr.data.reach import cache_if_silent, verdict
 from fedlr.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def load_base(
     sha256: str | None = None,
     random_seed: int | None = None,
 ) -> BaseModel:
-    """Load ``name``.
+    """Load ``name``; what is in the local cache needs no network.
 
     Args:
         name: ``embedded``, a hub name ``owner/model``, or a local folder.
@@ -67,7 +68,7 @@ def load_base(
             from, instead of the trained ones; None loads the weights.
 
     Raises:
-        ModelError: Not installed, not found, no network, no or a damaged
+        ModelError: Not installed, not found, neither cached nor reachable, no or a damaged
             safetensors file, one without all of the encoder's weights, a model
             that needs its own code, or a digest that differs.
     """
@@ -76,17 +77,14 @@ def load_base(
 
     source, expected = _resolve(name, sha256)
     _check_digest(source, expected)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=False
-        )
-        encoder = _load_encoder(source, revision, random_seed)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"model.name = {name!r} cannot be loaded: {_first_line(error)}. Give a hub name that "
-            "this machine can reach, a local folder with config.json and model.safetensors, or "
-            "model.name=embedded; models that need their own code are refused"
-        ) from error
+    with cache_if_silent(source) as silence:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=revision, trust_remote_code=False
+            )
+            encoder = _load_encoder(source, revision, random_seed)
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            raise ModelError(_refusal(name, revision, silence, error)) from error
     encoder.eval().requires_grad_(False)
     return BaseModel(
         encoder=encoder,
@@ -252,10 +250,24 @@ def _check_digest(source: str, expected: str | None) -> None:
         )
 
 
+def _refusal(name: str, revision: str | None, silence: str | None, error: Exception) -> str:
+    """Say why a model cannot be loaded; ``silence`` is why the hub could not be asked."""
+    pinned = "" if revision is None else f", model.revision = {revision!r}"
+    what = f"model.name = {name!r}{pinned}"
+    told = verdict(error, "model", silence)
+    if told:
+        return f"{what} {told}, or name a local folder with a copy, or model.name=embedded"
+    return (
+        f"{what} cannot be loaded: {_first_line(error)}. Give a hub name or a local folder with "
+        "config.json, tokenizer and model.safetensors, or model.name=embedded; pickled weights "
+        "and models that need their own code are refused"
+    )
+
+
 def _load_encoder(source: str, revision: str | None, random_seed: int | None) -> nn.Module:
     from transformers import AutoConfig, AutoModel
 
-    with _quiet_transformers():
+    with quiet_transformers():
         if random_seed is None:
             loaded, report = AutoModel.from_pretrained(
                 source,
@@ -292,7 +304,7 @@ def _without_random_weights(encoder: nn.Module, missing: list[str]) -> nn.Module
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence its progress bars and its notes on unused pooler and language-model weights."""
     from transformers.utils import logging
 

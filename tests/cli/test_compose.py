@@ -1,4 +1,4 @@
-"""Every file under conf/ composes into a valid configuration."""
+"""Overrides compose into a checked configuration, or into sentences that say what is wrong."""
 
 from __future__ import annotations
 
@@ -7,30 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedlr.cli.compose import choices, compose, configuration_folder
-from fedlr.config import RunConfig, from_json, from_mapping, to_json
+from fedlr.cli.compose import compose, compose_mapping, configuration_folder
+from fedlr.config import RunConfig, from_mapping
 from fedlr.errors import ConfigError
-
-NEEDED = {
-    "data=file": "data.path=some/folder",
-    "data=hub": "data.name=owner/set",
-    "model=encoder": "model.name=owner/model",
-    "method=head_only": "model/head=linear",
-    "experiment=sst2": "data.path=some/folder",
-}
-CASES = [f"{group}={name}" for group, names in choices().items() for name in names]
-
-
-def test_every_file_is_a_case() -> None:
-    files = [path for path in configuration_folder().rglob("*.yaml") if path.name != "config.yaml"]
-    assert len(CASES) == len(files) > 20
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_choice_composes_and_round_trips(case: str) -> None:
-    extra = [NEEDED[case]] if case in NEEDED else []
-    config = compose([case, *extra])
-    assert from_json(to_json(config)) == config
 
 
 def test_yaml_and_dataclasses_name_the_same_settings() -> None:
@@ -40,8 +19,6 @@ def test_yaml_and_dataclasses_name_the_same_settings() -> None:
     name, while a default in code must declare nothing public.
     """
     from dataclasses import fields, is_dataclass
-
-    from fedlr.cli.compose import compose_mapping
 
     def compare(kind: type, mapping: object, where: str) -> None:
         assert isinstance(mapping, dict), where
@@ -59,9 +36,82 @@ def test_yaml_and_dataclasses_name_the_same_settings() -> None:
     assert replace(declared, data=replace(declared.data, public=False)) == RunConfig()
 
 
-def test_unknown_override_names_it() -> None:
-    with pytest.raises(ConfigError, match="rounds_typo"):
-        compose(["federation.rounds_typo=3"])
+def problems(*words: str) -> tuple[str, ...]:
+    try:
+        compose(words)
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("++federation.rounds=3",),
+        ("+debug=tiny",),
+        ("debug=null", "+experiment=null"),
+        ("seed=1", "seed=2"),
+        ("output=some folder",),
+        ('output="a=b, é"',),
+        ("adapter.layers=[-1]",),
+        ("model.head={label_scale: 2}",),
+    ],
+)
+def test_what_hydra_can_apply_is_applied(words: tuple[str, ...]) -> None:
+    assert problems(*words) == ()
+
+
+def test_overrides_arrive() -> None:
+    config = compose(["+debug=tiny", "++privacy.epsilon=3", "model.head={label_scale: 2}"])
+    assert (config.name, config.privacy.epsilon) == ("tiny", 3.0)
+    assert config.model.head == replace(compose([]).model.head, label_scale=2.0)
+
+
+WRONG: list[tuple[tuple[str, ...], str]] = [
+    (("model.kind=linear",), "no setting model.kind; did you mean model.head.kind?"),
+    (("fedration.rounds=3",), "did you mean federation.rounds"),
+    (("model/hed=linear",), "no setting model/hed; did you mean model/head?"),
+    (("adapter.layers.0=2",), "there is no setting adapter.layers.0. `fedlr"),
+    (("hydra.run.dir=x",), "there is no setting hydra.run.dir. `fedlr"),
+    (("zzz=1",), "zzz=1: there is no setting zzz. `fedlr"),
+    (("method=null",), "method=null: method must be one of "),
+    (("method={name: fedsvd}",), "method must be one of "),
+    (("method=[fedsvd]",), "method=[fedsvd]: method must be one of "),
+    (("federation=3",), "federation=3: federation must be one of "),
+    (("debug=tinny",), "debug must be one of tiny, null; did you mean debug=tiny?"),
+    (("method=fedsvd", "method=ffa_lora"), "method is chosen already by method=fedsvd; give"),
+    (("~debug",), "a setting cannot be removed, only changed; write debug=<value>"),
+    (("",), "'' is not an override; write <setting>=<value>"),
+    (("=3",), "'=3' is not an override; write <setting>=<value>"),
+    (("output=a=b",), "for a shell as 'output=\"a=b\"'"),
+    (("data.label_names=a,b",), "a list as data.label_names=[a,b]"),
+    (
+        ("data.path=${nowhere}",),
+        "cannot be composed: Interpolation key 'nowhere' not found; ",
+    ),
+    (("method@x=fedsvd",), "method@x=fedsvd cannot be composed: "),
+    (("seed=null",), "seed is missing; give seed=<an integer>"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), WRONG, ids=[" ".join(words) for words, _ in WRONG])
+def test_what_it_cannot_is_one_sentence(words: tuple[str, ...], says: str) -> None:
+    (found,) = problems(*words)
+    assert says in found
+    assert "\n" not in found
+    assert "hydra.cc" not in found
+
+
+def test_wrong_words_do_not_hide_what_is_wrong_in_the_others() -> None:
+    found = problems("zzz=1", "data=hub", "privacy.epsilon=0")
+    assert [text.split(" ")[0] for text in found] == ["zzz=1:", "privacy.epsilon", "data.name"]
+
+
+def test_what_is_missing_is_shown_but_not_composed() -> None:
+    assert compose_mapping(["model=encoder"])["model"]["name"] == "???"
+    with pytest.raises(ConfigError, match="zzz"):
+        compose_mapping(["zzz=1"])
 
 
 def test_configuration_folder_is_the_checkout_or_the_package() -> None:

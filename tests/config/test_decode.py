@@ -86,7 +86,6 @@ ILL_TYPED: list[tuple[str, str, Any, str]] = [
     ("optimizer", "steps", "8", "an integer"),
     ("optimizer", "steps", 1.0, "an integer"),
     ("optimizer", "steps", True, "an integer"),
-    ("optimizer", "steps", None, "an integer"),
     ("optimizer", "learning_rate", "fast", "a number"),
     ("optimizer", "learning_rate", False, "a number"),
     ("optimizer", "learning_rate", [1.0], "a number"),
@@ -106,18 +105,31 @@ ILL_TYPED: list[tuple[str, str, Any, str]] = [
 
 @pytest.mark.parametrize(("section", "name", "value", "wanted"), ILL_TYPED)
 def test_a_wrong_type_is_named(section: str, name: str, value: Any, wanted: str) -> None:
-    assert problems({section: {name: value}}) == (f"{section}.{name} = {value!r} must be {wanted}",)
+    shown = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+    assert problems({section: {name: value}}) == (f"{section}.{name} = {shown} must be {wanted}",)
+
+
+def test_a_setting_that_needs_a_value_says_which_one() -> None:
+    assert problems({"optimizer": {"steps": None}}) == (
+        "optimizer.steps is missing; give optimizer.steps=<an integer>",
+    )
+    assert problems({"model": {"name": None}}) == (
+        "model.name is missing; model=encoder needs model.name=<hub name or local folder>",
+    )
 
 
 @pytest.mark.parametrize("value", [None, 3, "adam", []])
 def test_a_section_must_be_a_section(value: Any) -> None:
-    assert problems({"optimizer": value}) == (f"optimizer = {value!r} must be a section",)
+    shown = "null" if value is None else repr(value)
+    assert problems({"optimizer": value}) == (f"optimizer = {shown} must be a section",)
 
 
 def test_unknown_keys_are_named_at_every_depth_with_what_is_known() -> None:
     found = problems({"sed": 1, "model": {"nam": 2, "head": {"kid": 3}}})
     assert [text.split(" ")[0] for text in found] == ["sed", "model.nam", "model.head.kid"]
-    assert all("is not a setting; known here: " in text for text in found)
+    assert all("is not a setting; " in text and " known here: " in text for text in found)
+    assert "did you mean seed?" in found[0]
+    assert "did you mean model.head.kind?" in found[2]
     assert "kind, trained" in found[2]
 
 
@@ -140,11 +152,19 @@ def test_every_problem_is_told_at_once() -> None:
 
 
 def test_a_default_in_the_place_of_a_bad_value_contradicts_nothing() -> None:
-    """clients = "many" stands as 6 while the rest is judged: no word of 9 > 6."""
+    """clients = "many" stands as 6 while the rest is judged: no word of 9 > 6, but of what is."""
     found = problems(
-        {"federation": {"clients": "many", "clients_per_round": 9}, "privacy": {"epsilon": 0}}
+        {
+            "name": 3,
+            "federation": {"clients": "many", "clients_per_round": 9, "average_rounds": 99},
+            "privacy": {"epsilon": 0},
+            "data": {"kind": "hub"},
+        }
     )
-    assert [text.split(" ")[0] for text in found] == ["federation.clients", "privacy.epsilon"]
+    assert [text.split(" ")[0] for text in found] == [
+        *("name", "federation.clients", "privacy.epsilon"),
+        *("federation.average_rounds", "data.name"),
+    ]
 
 
 def test_configurations_are_frozen_values() -> None:

@@ -50,6 +50,7 @@ LOWEST: dict[str, int] = {
     "federation.min_clients": 1,
     "federation.evaluate_every": 1,
     "federation.average_rounds": 1,
+    "federation.cpus_per_client": 1,
     "kernels.physical_batch": 1,
     "kernels.prefix_cache_mb": 0,
     "privacy.max_joins": 1,
@@ -61,7 +62,10 @@ POSITIVE = (
     *("model.head.label_scale", "adapter.alpha", "privacy.epsilon", "privacy.clip_norm"),
     *("optimizer.learning_rate", "model.head.feature_scale", "partition.alpha"),
     *("method.update_norm_bound", "optimizer.head_learning_rate"),
+    *("federation.start_timeout_s", "federation.round_timeout_s"),
 )
+
+NON_NEGATIVE = ("federation.gpus_per_client",)
 
 WITHIN: dict[str, tuple[float, float]] = {
     "optimizer.momentum": (0.0, 0.999),
@@ -73,6 +77,7 @@ WITHIN: dict[str, tuple[float, float]] = {
 RANGES = [
     *((path, low - 1) for path, low in LOWEST.items()),
     *((path, value) for path in POSITIVE for value in (0.0, -1.0, math.nan, math.inf)),
+    *((path, value) for path in NON_NEGATIVE for value in (-0.5, math.nan, math.inf)),
     *((path, low - 1e-3 * max(low, 1)) for path, (low, _) in WITHIN.items()),
     *((path, high + 1e-3) for path, (_, high) in WITHIN.items()),
     *((path, math.nan) for path in WITHIN),
@@ -97,6 +102,7 @@ COMPANY: dict[str, tuple[tuple[str, Any], ...]] = {
     [
         *LOWEST.items(),
         *((path, 1e-12) for path in POSITIVE),
+        *((path, 0.0) for path in NON_NEGATIVE),
         *((path, end) for path, ends in WITHIN.items() for end in ends),
     ],
 )
@@ -117,6 +123,7 @@ def test_every_field_with_a_range_is_in_the_tables(monkeypatch: pytest.MonkeyPat
         *(("method.update_norm_bound", 1.0), ("privacy.delta", 0.1), ("privacy.head_share", 0.5)),
         *(("privacy.max_joins", 1), ("optimizer.head_learning_rate", 1.0)),
         *(("data.max_examples", 1), ("kernels.threads", 1), ("model.head.trained", True)),
+        ("federation.round_timeout_s", 1.0),
     ]
     values: dict[str, Any] = {}
     for path, value in optional:
@@ -124,13 +131,18 @@ def test_every_field_with_a_range_is_in_the_tables(monkeypatch: pytest.MonkeyPat
     config = from_mapping(values)
     monkeypatch.setattr(rules, "checks", Spy())
     assert rules.range_problems(config) == []
-    assert sorted(seen) == sorted([*LOWEST, *POSITIVE, *WITHIN])
+    assert sorted(seen) == sorted([*LOWEST, *POSITIVE, *NON_NEGATIVE, *WITHIN])
 
 
 CONTRADICTIONS: list[tuple[tuple[tuple[str, Any], ...], str]] = [
     ((("federation.clients_per_round", 7),), "federation.clients_per_round = 7"),
     ((("federation.min_clients", 7),), "federation.min_clients = 7"),
     ((("federation.average_rounds", 9),), "federation.average_rounds = 9"),
+    ((("federation.address", "head:6379"),), "federation.address = 'head:6379' but"),
+    (
+        (("federation.engine", "ray"), ("federation.address", "head")),
+        "federation.address = 'head' must be host:port",
+    ),
     ((("partition.kind", "dirichlet"),), "partition.alpha is missing"),
     ((("data.kind", "file"),), "data.path is missing"),
     ((("data.kind", "hub"),), "data.name is missing"),

@@ -145,8 +145,14 @@ def test_a_bad_label_list_is_refused(folder: Path, content: str, message: str) -
 def test_no_path_and_missing_path(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.path is not set"):
         files.load(spec())
-    with pytest.raises(DataError, match="absent does not exist"):
+    with pytest.raises(DataError, match="absent' does not exist"):
         files.load(spec(path=str(tmp_path / "absent")))
+
+
+def test_a_path_that_the_system_refuses_is_no_traceback() -> None:
+    """A name too long stands for every refusal: permissions do not bite a root user."""
+    with pytest.raises(DataError, match=r"data\.path = 'x+' cannot be read: .* this user may read"):
+        files.load(spec(path="x" * 5000))
 
 
 def test_no_train_file_lists_what_is_there(folder: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from fedlr.data import hub
 from fedlr.errors import ConfigError, DataError
 from tests.data.helpers import spec
+from tests.hub import ask_at, serve
 
 datasets = pytest.importorskip("datasets")
 
@@ -98,6 +101,51 @@ def test_offline_and_unknown_names_give_a_way_out(tmp_path: Path) -> None:
         hub.load(spec("hub", name=str(tmp_path / "absent")))
     with pytest.raises(ConfigError, match=r"data\.name is not set"):
         hub.load(spec("hub"))
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let the loader ask a hub at an address."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+    def at(endpoint: str) -> None:
+        ask_at(endpoint, monkeypatch)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
+
+    return at
+
+
+def test_a_dead_hub_is_asked_once(online: Callable[[str], None]) -> None:
+    """The loader itself would try six times, with pauses."""
+    with serve(503) as server:
+        online(server.endpoint)
+        with pytest.raises(DataError, match=r"cannot be reached \(http.*HTTP status 503\); go onl"):
+            hub.load(spec("hub", name="owner/unknown"))
+        assert server.asked == ["/"]
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+def test_a_name_the_hub_does_not_know_is_no_network_problem(online: Callable[[str], None]) -> None:
+    with serve() as server:
+        online(server.endpoint)
+        with pytest.raises(DataError, match=r"'owner/unknown' .* the hub has no such data set"):
+            hub.load(spec("hub", name="owner/unknown"))
+
+
+def test_what_is_cached_needs_no_hub(
+    online: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = make(tmp_path / "set", splits=("train", "validation"))
+    wanted = spec("hub", name=name, text_columns=("one",))
+    from_folder = hub.load(wanted)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")  # where no folder has the name
+    with serve(503) as server:
+        online(server.endpoint)
+        cached = hub.load(replace(wanted, name="set"))
+        assert server.asked == ["/"]
+    assert cached.train.texts == from_folder.train.texts
+    assert cached.label_names == from_folder.label_names
 
 
 def test_an_unknown_subset_gives_a_way_out(tmp_path: Path) -> None:

@@ -33,13 +33,14 @@ def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str) -> No
 
 def test_an_output_inside_a_file_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(RunError, match="output ="):
-        check_output(tmp_path / "file" / "runs", "name")
+    for output in (tmp_path / "file", tmp_path / "file" / "runs"):
+        with pytest.raises(RunError, match=r"output = .*file is not a folder; choose another"):
+            check_output(output, "name")
     with pytest.raises(RunError, match="output ="):
         create_run_folder(tmp_path / "file" / "runs", "name", NOW)
     assert (tmp_path / "file").read_text() == "kept"
     check_output(tmp_path / "new" / "runs", "name")
-    assert not (tmp_path / "new").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_configuration_is_written_with_versions(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from fedlr.training.base import (
     weights_digest,
 )
 from tests.data.helpers import word_tokenizer
+from tests.hub import ask_at, serve, snapshot
 from tests.models import FAMILIES, LONGEST, PAD, VOCABULARY, WIDTH, encoder, rows
 
 NAME = "model.safetensors"
@@ -116,11 +118,54 @@ def test_a_folder_of_pickles_is_refused(folder: Path) -> None:
         load_base(str(folder))
 
 
-@pytest.mark.parametrize("name", ["nowhere", "owner/no-such-model"])
-def test_what_does_not_exist_is_refused(tmp_path: Path, name: str) -> None:
-    path = name if "/" in name else str(tmp_path / name)
-    with pytest.raises(ModelError, match=r"model\.name = .* cannot be loaded"):
-        load_base(path)
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nowhere", r"'nowhere' is no folder here and not in the local cache, and the hub cannot"),
+        ("owner/no-such-model", r"cannot be reached \(HF_HUB_OFFLINE is set\); go online once, or"),
+        ("no/such/folder", "neither an existing folder nor a name on the hub"),
+        ("/no/folder", "neither an existing folder nor a name on the hub"),
+    ],
+)
+def test_what_does_not_exist_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=says):
+        load_base(name)
+
+
+@pytest.fixture
+def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let the loader ask a hub at an address, with an empty cache in ``tmp_path/cache``."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return lambda endpoint: ask_at(endpoint, monkeypatch)
+
+
+def test_a_dead_hub_is_asked_once_and_what_is_cached_loads(
+    tmp_path: Path, online: Callable[[str], None]
+) -> None:
+    """The client itself would try every file six times, with pauses."""
+    name = "owner/model"
+    with serve(503) as server:
+        online(server.endpoint)
+        with pytest.raises(ModelError, match=r"cannot be reached \(http.*status 503\); go online"):
+            load_base(name)
+        assert server.asked == ["/"]
+        save(encoder("bert"), snapshot(tmp_path / "cache", name))
+        cached = load_base(name)
+        assert server.asked == ["/", "/"]
+    assert cached.base_sha256 == load_base(str(save(encoder("bert"), tmp_path / "b"))).base_sha256
+
+
+def test_a_name_the_hub_does_not_know_is_no_network_problem(
+    online: Callable[[str], None],
+) -> None:
+    with serve() as server:
+        online(server.endpoint)
+        with pytest.raises(ModelError, match=r"'owner/model' .* the hub has no such model"):
+            load_base("owner/model")
 
 
 def test_a_damaged_file_is_refused(folder: Path) -> None:

