@@ -28,15 +28,18 @@ class Journal(Protocol):
 
         Returns:
             The nonce to use by client: the stored one where an interrupted run
-            has already sent this phase, ``nonces`` otherwise. A private site
-            whose ledger knows the nonce refuses the job (``ledger``): the round
-            may go without it, but it does not pay again. One that the
-            interrupted run never reached answers as to any other job.
+            has already sent this phase, ``nonces`` otherwise. A site that answered
+            then gives the same update and pays nothing; one that was cut short
+            abstains (``forfeited``); one that was never reached answers as ever.
         """
         ...
 
     def finished(self, checkpoint: Checkpoint) -> None:
         """Store where the run stands after a completed round."""
+        ...
+
+    def abandoned(self) -> None:
+        """Forget the nonces of a round that was given up: a resumed run asks anew."""
         ...
 
 
@@ -48,6 +51,9 @@ class NoJournal:
         return nonces
 
     def finished(self, checkpoint: Checkpoint) -> None:
+        """Do nothing."""
+
+    def abandoned(self) -> None:
         """Do nothing."""
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedlr import checks
+from fedlr.methods.averaging import average
 from fedlr.methods.method import GlobalState, Parts
 from fedlr.report.records import RoundRecord
 from fedlr.training.jobs import SiteStatus
@@ -96,6 +97,11 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if self.state.phase != 0:
             raise ValueError(f"state.phase = {self.state.phase} must be 0; keep whole rounds")
+
+    @property
+    def parts(self) -> Parts:
+        """The result so far: the state's parts, or the mean of the last states."""
+        return average(self.recent) if len(self.recent) > 1 else self.state.parts
 
 
 @dataclass(frozen=True)

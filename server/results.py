@@ -1,43 +1,64 @@
-"""A finished run → its summary, adapter and plot."""
+"""A run → its summary, adapter and plot."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from fedlr.build import Workbench
+from fedlr.config import RunConfig
+from fedlr.report.facts import RunFacts
 from fedlr.report.plots import curves
 from fedlr.report.records import ClientSummary, Summary, write_summary
-from fedlr.report.units import percent, privacy_loss
+from fedlr.restore import RunModel, save_result
+from server.outcome import Checkpoint, Outcome
 
-if TYPE_CHECKING:
-    from fedlr.build import Workbench
-    from server.outcome import Outcome
+SUMMARY = "summary.json"
 
 
-def summarise(workbench: Workbench, outcome: Outcome, wall_s: float) -> Summary:
+def so_far(checkpoint: Checkpoint) -> Outcome:
+    """Return what an interrupted run has reached; nothing is measured for it."""
+    records = checkpoint.records
+    # The mean of several states was never evaluated.
+    measured = records[-1] if records and len(checkpoint.recent) < 2 else None
+    return Outcome(
+        state=checkpoint.state,
+        parts=checkpoint.parts,
+        records=records,
+        accuracy_start=checkpoint.accuracy_start,
+        accuracy=measured.accuracy if measured else None,
+        loss=measured.loss if measured else None,
+        stopped_reason=None,
+        joins=checkpoint.joins,
+        steps=checkpoint.steps,
+        epsilon=checkpoint.epsilon,
+        statuses={},
+    )
+
+
+def summarise(config: RunConfig, facts: RunFacts, outcome: Outcome, wall_s: float) -> Summary:
     """Return the summary of a run; every number in it is public.
 
     Args:
-        workbench: What ran.
+        config: Its configuration.
+        facts: What it was made of.
         outcome: What came out.
         wall_s: Duration, seconds.
     """
-    config, records = workbench.config, outcome.records
-    mode = config.privacy.mode
+    records, mode = outcome.records, config.privacy.mode
     private = mode != "none"
     sent = max(1, sum(len(record.cohort) for record in records))
     accepted = max(1, sum(record.accepted for record in records))
-    clients = _clients(workbench, outcome)
+    clients = _clients(facts, outcome, mode)
     stopped = (outcome.stopped_reason,) if outcome.stopped_reason else ()
     return Summary(
         method=config.method.name,
-        model=workbench.base.name,
-        data=config.data.name or config.data.path or config.data.kind,
-        data_sha256=workbench.data.publishable_sha256,
-        label_names=workbench.data.label_names,
-        majority=workbench.majority,
+        model=facts.model,
+        data=facts.data,
+        data_sha256=facts.data_sha256,
+        label_names=facts.label_names,
+        majority=facts.majority,
         rounds=outcome.state.round,
         privacy_mode=mode,
         bytes_up=sum(record.bytes_up for record in records) // accepted,
@@ -51,22 +72,21 @@ def summarise(workbench: Workbench, outcome: Outcome, wall_s: float) -> Summary:
         accountant=config.privacy.accountant if private else None,
         epsilon_max=max(client.epsilon or 0.0 for client in clients) if private else None,
         epsilon_budget=config.privacy.epsilon if mode == "dp" else None,
-        delta=max(plan.delta for plan in workbench.clients) if private else None,
-        notices=(*workbench.notices, *outcome.notices, *stopped),
+        delta=max(client.delta for client in facts.clients) if private else None,
+        notices=(*facts.notices, *outcome.notices, *stopped),
     )
 
 
-def _clients(workbench: Workbench, outcome: Outcome) -> tuple[ClientSummary, ...]:
-    mode = workbench.config.privacy.mode
+def _clients(facts: RunFacts, outcome: Outcome, mode: str) -> tuple[ClientSummary, ...]:
     return tuple(
         ClientSummary(
-            client=plan.name,
-            joins=outcome.joins.get(plan.name, 0),
-            steps=outcome.steps.get(plan.name, 0),
-            noise_multiplier=plan.noise_multiplier if mode != "none" else None,
-            epsilon=_spent(outcome.epsilon, plan.name, mode),
+            client=client.client,
+            joins=outcome.joins.get(client.client, 0),
+            steps=outcome.steps.get(client.client, 0),
+            noise_multiplier=client.noise_multiplier if mode != "none" else None,
+            epsilon=_spent(outcome.epsilon, client.client, mode),
         )
-        for plan in workbench.clients
+        for client in facts.clients
     )
 
 
@@ -77,47 +97,8 @@ def _spent(epsilon: Mapping[str, float], client: str, mode: str) -> float | None
     return math.inf if mode == "dry" else epsilon.get(client, 0.0)
 
 
-def card(summary: Summary) -> str:
-    """Return the model card of a run's adapter, Markdown: what it is and what it promises."""
-    if summary.privacy_mode == "dp":
-        promise = (
-            f"Each site's releases in this one run are (ε, δ)-differentially private for adding "
-            f"or removing one {summary.unit}: ε ≤ {privacy_loss(summary.epsilon_max or 0.0)} at "
-            f"δ = {summary.delta:g}, accountant {summary.accountant}, noise added at the site. "
-            "Other runs on the same data add to it."
-        )
-    else:
-        promise = f"No privacy guarantee (`privacy.mode={summary.privacy_mode}`)."
-    accuracy = "not evaluated" if summary.accuracy is None else percent(summary.accuracy)
-    labels = ", ".join(f"`{name}`" for name in summary.label_names)
-    return f"""# Adapter trained by fedlr
-
-Method `{summary.method}`, {len(summary.clients)} sites, {summary.rounds} rounds, data
-`{summary.data}`. Accuracy on the public validation split: {accuracy} (largest class
-{percent(summary.majority)}). Labels: {labels}.
-
-## Privacy
-
-{promise}
-
-## Use
-
-```python
-from transformers import AutoModel
-from peft import PeftModel
-
-encoder = PeftModel.from_pretrained(AutoModel.from_pretrained("<base_model>"), "<this folder>")
-```
-
-The classification head is in `head.safetensors`; `head.json` says its kind, the norm that pooled
-features are scaled to, and the labels in the order of the logits.
-"""
-
-
 def write_results(workbench: Workbench, outcome: Outcome, summary: Summary, folder: Path) -> None:
     """Write ``adapter/``, ``curves.png`` and, last of all, ``summary.json`` into ``folder``."""
-    from fedlr.build import save_result
-
-    save_result(workbench, outcome.parts, folder / "adapter", card(summary))
+    save_result(RunModel.of(workbench), outcome.parts, summary, folder / "adapter")
     curves(outcome.records, summary, folder / "curves.png")
-    write_summary(folder / "summary.json", summary)
+    write_summary(folder / SUMMARY, summary)

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from fedlr.adapters import codec
 from fedlr.errors import RunError
 from fedlr.methods import shared
-from fedlr.methods.averaging import average, can_average
+from fedlr.methods.averaging import can_average
 from fedlr.methods.method import ClientUpdate, GlobalState, Method, Parts, Phase
 from fedlr.report.records import RoundRecord
 from fedlr.training.jobs import Job, Provenance
@@ -252,6 +252,7 @@ class FederatedStrategy(Strategy):
             f"(refused: {opened.refusal_counts()})"
         )
         opened.abandon()
+        self._hooks.journal.abandoned()
         self._at = replace(self._at, epsilon={**self._at.epsilon, **opened.epsilon})
         self._record(opened, number, 0, (None, None))
 
@@ -295,7 +296,7 @@ class FederatedStrategy(Strategy):
     def _outcome(self, membership: Membership) -> Outcome:
         at = self._at
         if len(at.recent) > 1:
-            parts = average(at.recent)
+            parts = at.parts
             accuracy, loss = self._evaluate(parts)
         else:
             parts = at.state.parts

@@ -5,9 +5,11 @@ module         content
 =============  ==================================================================
 `records`      `RoundRecord` in ``rounds.jsonl``, `Summary` in ``summary.json``
 `strict_json`  the codec of both: frozen dataclasses ↔ strict JSON
+`facts`        `RunFacts` in ``run.json``: what a run was made of
 `live`         `Progress`, the display while a run goes on (standard error)
 `tables`       the closing table
 `plots`        ``curves.png``
+`card`         the model card of an exported folder, its loader included
 `units`        numbers as people read them: kB, min, %, ε rounded up
 =============  ==================================================================
 

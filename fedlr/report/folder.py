@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -16,21 +17,31 @@ from fedlr import __version__
 from fedlr.errors import RunError
 from fedlr.report.records import write_atomically
 
+CONFIG_FILE = "config.json"
+
 PACKAGES = ("torch", "flwr", "opacus", "transformers", "peft", "flwr-datasets", "hydra-core")
 """Whose versions are written beside the configuration."""
 
 
 def check_output(output: Path, name: str) -> None:
-    """Raise RunError now if `create_run_folder` would refuse; makes nothing."""
+    """Raise RunError now if `create_run_folder` would refuse; leaves nothing."""
     _check_name(name)
     existing = next(
-        path for path in (output.absolute(), *output.absolute().parents) if path.exists()
+        path for path in (output.absolute(), *output.absolute().parents) if os.path.lexists(path)
     )
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if not existing.is_dir():
         raise RunError(
-            f"output = {str(output)!r} cannot be written: {existing} is no folder that this user "
-            "may write in; choose one with output=<folder>"
+            f"output = {str(output)!r} cannot be made: {existing} is not a folder; choose "
+            "another place with output=<folder>"
         )
+    try:  # permission bits alone say little: read-only file systems, quotas, root
+        with tempfile.TemporaryDirectory(prefix=".fedlr-", dir=existing):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"output = {str(output)!r} cannot be written: in {existing}, {error.strerror or error}"
+            "; choose a folder of your own with output=<folder>"
+        ) from error
 
 
 def create_run_folder(output: Path, name: str, now: datetime) -> Path:
@@ -87,7 +98,7 @@ def write_config(folder: Path, config_json: str) -> None:
         "git_revision": _git_revision(),
     }
     text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    write_atomically(folder / "config.json", text.encode())
+    write_atomically(folder / CONFIG_FILE, text.encode())
 
 
 def _versions() -> dict[str, str]:

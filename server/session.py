@@ -1,0 +1,221 @@
+"""One run and its folder, the same for every engine: begin or resume, strategy, results."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fedlr.build import Workbench, build
+from fedlr.config import RunConfig, from_json, to_json
+from fedlr.errors import RunError
+from fedlr.report.facts import ClientFacts, RunFacts, read_facts, write_facts
+from fedlr.report.folder import CONFIG_FILE, write_config
+from fedlr.report.live import LiveProgress
+from fedlr.report.records import RoundLog, Summary, read_summary
+from server.hooks import Hooks
+from server.journal import ROUNDS, FileJournal, write_head
+from server.outcome import Checkpoint, Outcome, StrategyConfig
+from server.results import SUMMARY, summarise, write_results
+from server.strategy import FederatedStrategy
+
+LEDGERS = "ledgers"
+"""Folder of the ledgers of simulated clients, in the run folder."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run that is about to start or go on; it holds the journal until `close`.
+
+    Attributes:
+        workbench: Model, data and clients.
+        folder: The run folder.
+        facts: What the run is made of.
+        start: The state before round 1, or where the run stood.
+        journal: Its durable memory.
+        began: Monotonic clock at the start, seconds.
+    """
+
+    workbench: Workbench
+    folder: Path
+    facts: RunFacts
+    start: Checkpoint
+    journal: FileJournal
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration of the run."""
+        return self.workbench.config
+
+    def strategy(self, settings: StrategyConfig | None = None) -> FederatedStrategy:
+        """Return the strategy that runs what is left of the run.
+
+        Args:
+            settings: Another engine's waits; None takes `strategy_config`.
+
+        Raises:
+            RunError: The method's states cannot be averaged as configured.
+        """
+        config = self.config
+        hooks = Hooks(
+            evaluate=self.workbench.evaluator,
+            log=RoundLog(self.folder / ROUNDS),
+            progress=LiveProgress(config.privacy.epsilon if config.privacy.mode == "dp" else None),
+            journal=self.journal,
+        )
+        bench = self.workbench
+        settings = settings or strategy_config(config, self.facts.run)
+        return FederatedStrategy(settings, bench.method, self.start, bench.provenance, hooks)
+
+    def finish(self, outcome: Outcome) -> Summary:
+        """Write adapter, plot and summary, and return the summary.
+
+        The duration is that of the rounds before a resume and of this process.
+        """
+        earlier = sum(record.wall_s for record in self.start.records)
+        wall_s = earlier + time.monotonic() - self.began
+        summary = summarise(self.config, self.facts, outcome, wall_s)
+        write_results(self.workbench, outcome, summary, self.folder)
+        return summary
+
+    def close(self) -> None:
+        """Let go of the journal: another process may resume the run."""
+        self.journal.close()
+
+
+def begin(workbench: Workbench, folder: Path, began: float | None = None) -> Session:
+    """Start a run in its new folder: configuration, facts and the head as it is now.
+
+    Args:
+        workbench: What will run.
+        folder: The run folder, existing and new.
+        began: Monotonic clock at the start of the work, seconds; None is now.
+
+    Raises:
+        RunError: The folder cannot be written.
+    """
+    began = time.monotonic() if began is None else began
+    config = workbench.config
+    write_config(folder, to_json(config))
+    facts = facts_of(workbench, f"{folder.parent.name}-{folder.name}-{secrets.token_hex(4)}")
+    journal = FileJournal(folder)
+    write_head(folder, workbench.whole_head)
+    write_facts(folder, facts)
+    return Session(workbench, folder, facts, _first(workbench), journal, began)
+
+
+def finished(folder: Path) -> Summary | None:
+    """Return the summary of the run in ``folder`` if its last round is done, else None.
+
+    Raises:
+        RunError: ``folder`` is no run folder, or a file in it is damaged.
+    """
+    read_facts(folder)
+    path = folder / SUMMARY
+    summary = read_summary(path) if path.exists() else None
+    done = summary is not None and summary.rounds >= read_config(folder).federation.rounds
+    return summary if done else None
+
+
+def resume(folder: Path, say: Callable[[str], None] = lambda _: None) -> Session:
+    """Continue the run in ``folder`` after its last completed round.
+
+    Args:
+        folder: A run folder.
+        say: Told what is being done.
+
+    Raises:
+        RunError: ``folder`` is no run folder, another process has it, a file in it is
+            damaged, or model or data are not those the run began with.
+        FedlrError: As `fedlr.build.build`.
+    """
+    began = time.monotonic()
+    facts, config = read_facts(folder), read_config(folder)
+    journal = FileJournal(folder)
+    try:
+        noise = {client.client: client.noise_multiplier for client in facts.clients}
+        workbench = build(config, say, noise)
+        _check_same(facts, facts_of(workbench, facts.run))
+        start = journal.checkpoint(workbench.layout) or _first(workbench)
+    except BaseException:
+        journal.close()
+        raise
+    return Session(workbench, folder, facts, start, journal, began)
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Return the configuration of a run folder; RunError where it cannot be read."""
+    path = folder / CONFIG_FILE
+    try:
+        return from_json(json.dumps(json.loads(path.read_text(encoding="utf-8"))["config"]))
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged: {error}; restore it from a copy") from error
+
+
+def facts_of(workbench: Workbench, run: str) -> RunFacts:
+    """Return the facts of a run named ``run`` on ``workbench``."""
+    config, provenance = workbench.config, workbench.provenance
+    return RunFacts(
+        run=run,
+        model=workbench.base.name,
+        data=config.data.name or config.data.path or config.data.kind,
+        data_sha256=workbench.data.publishable_sha256,
+        label_names=workbench.data.label_names,
+        majority=workbench.majority,
+        base=provenance.base,
+        tokenizer=provenance.tokenizer,
+        labels=provenance.labels,
+        codec=provenance.codec,
+        clients=tuple(
+            ClientFacts(
+                client=plan.name,
+                declared_size=plan.declared_size,
+                delta=plan.delta,
+                noise_multiplier=plan.noise_multiplier,
+            )
+            for plan in workbench.clients
+        ),
+        notices=workbench.notices,
+    )
+
+
+def strategy_config(config: RunConfig, run: str) -> StrategyConfig:
+    """Return the settings of a federation whose every client is at hand: no wait is bounded."""
+    federation = config.federation
+    return StrategyConfig(
+        run=run,
+        seed=config.seed,
+        rounds=federation.rounds,
+        clients=federation.clients,
+        clients_per_round=federation.clients_per_round,
+        min_clients=federation.min_clients,
+        evaluate_every=federation.evaluate_every,
+        average_rounds=federation.average_rounds,
+        weights=config.method.weights,
+        update_norm_bound=config.method.update_norm_bound,
+    )
+
+
+def _first(workbench: Workbench) -> Checkpoint:
+    """Return where every run of this configuration starts."""
+    generator = torch.Generator().manual_seed(workbench.config.seed)
+    return Checkpoint(workbench.method.init(workbench.layout, generator))
+
+
+def _check_same(before: RunFacts, now: RunFacts) -> None:
+    """Raise RunError unless the run still has its model, data and clients."""
+    names = ("base", "tokenizer", "labels", "codec", "data_sha256", "clients")
+    differing = [name for name in names if getattr(before, name) != getattr(now, name)]
+    if differing:
+        raise RunError(
+            f"the run began with another {', '.join(differing)} than is found now; bring back the "
+            "model and the data it began with, or start a new run"
+        )
