@@ -14,6 +14,7 @@ import torch
 from fedlr.build import Workbench, build
 from fedlr.config import RunConfig, from_json, to_json
 from fedlr.errors import RunError
+from fedlr.orders import SiteOrder, prepare
 from fedlr.report.facts import ClientFacts, RunFacts, read_facts, write_facts
 from fedlr.report.folder import CONFIG_FILE, write_config
 from fedlr.report.live import LiveProgress
@@ -36,6 +37,7 @@ class Session:
         workbench: Model, data and clients.
         folder: The run folder.
         facts: What the run is made of.
+        order: What a process needs to be one of its simulated sites.
         start: The state before round 1, or where the run stood.
         journal: Its durable memory.
         began: Monotonic clock at the start, seconds.
@@ -44,6 +46,7 @@ class Session:
     workbench: Workbench
     folder: Path
     facts: RunFacts
+    order: SiteOrder
     start: Checkpoint
     journal: FileJournal
     began: float = field(default_factory=time.monotonic)
@@ -90,7 +93,10 @@ class Session:
 
 
 def begin(workbench: Workbench, folder: Path, began: float | None = None) -> Session:
-    """Start a run in its new folder: configuration, facts and the head as it is now.
+    """Start a run in its new folder: configuration, ledgers, the head as it is now, facts.
+
+    The facts come last: a folder that has them is a run with all its ledgers, and a
+    resumed run never makes one.
 
     Args:
         workbench: What will run.
@@ -106,8 +112,10 @@ def begin(workbench: Workbench, folder: Path, began: float | None = None) -> Ses
     facts = facts_of(workbench, f"{folder.parent.name}-{folder.name}-{secrets.token_hex(4)}")
     journal = FileJournal(folder)
     write_head(folder, workbench.whole_head)
+    (folder / LEDGERS).mkdir(exist_ok=True)
+    order = prepare(config, facts.run, folder / LEDGERS, _noise(facts))
     write_facts(folder, facts)
-    return Session(workbench, folder, facts, _first(workbench), journal, began)
+    return Session(workbench, folder, facts, order, _first(workbench), journal, began)
 
 
 def finished(folder: Path) -> Summary | None:
@@ -139,14 +147,14 @@ def resume(folder: Path, say: Callable[[str], None] = lambda _: None) -> Session
     facts, config = read_facts(folder), read_config(folder)
     journal = FileJournal(folder)
     try:
-        noise = {client.client: client.noise_multiplier for client in facts.clients}
-        workbench = build(config, say, noise)
+        workbench = build(config, say, _noise(facts))
         _check_same(facts, facts_of(workbench, facts.run))
         start = journal.checkpoint(workbench.layout) or _first(workbench)
+        order = prepare(config, facts.run, folder / LEDGERS, _noise(facts), resumed=True)
     except BaseException:
         journal.close()
         raise
-    return Session(workbench, folder, facts, start, journal, began)
+    return Session(workbench, folder, facts, order, start, journal, began)
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -188,7 +196,7 @@ def facts_of(workbench: Workbench, run: str) -> RunFacts:
 
 
 def strategy_config(config: RunConfig, run: str) -> StrategyConfig:
-    """Return the settings of a federation whose every client is at hand: no wait is bounded."""
+    """Return the settings of the federation that ``config`` describes."""
     federation = config.federation
     return StrategyConfig(
         run=run,
@@ -201,7 +209,14 @@ def strategy_config(config: RunConfig, run: str) -> StrategyConfig:
         average_rounds=federation.average_rounds,
         weights=config.method.weights,
         update_norm_bound=config.method.update_norm_bound,
+        round_timeout_s=federation.round_timeout_s,
+        start_timeout_s=federation.start_timeout_s,
     )
+
+
+def _noise(facts: RunFacts) -> dict[str, float]:
+    """Return σ by client."""
+    return {client.client: client.noise_multiplier for client in facts.clients}
 
 
 def _first(workbench: Workbench) -> Checkpoint:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,7 @@ def simulate(config: RunConfig) -> Path:
     began = time.monotonic()
     output = Path(config.output).expanduser()
     check_output(output, config.name)
+    _check_engine(config)
     workbench = build(config, _say)
     folder = create_run_folder(output, config.name, datetime.now())
     return _complete(begin(workbench, folder, began))
@@ -112,7 +114,8 @@ def run_session(session: Session) -> Outcome:
 
     finished: list[Outcome] = []
     server = make_server_app(lambda _: session.strategy(), finished.append)
-    _run_local(session, server)
+    engine = _run_on_ray if session.config.federation.engine == "ray" else _run_local
+    engine(session, server)
     return finished[0]
 
 
@@ -124,13 +127,28 @@ def _run_local(session: Session, server: ServerApp) -> None:
     from server.grid import InProcessGrid
     from server.session import LEDGERS
 
-    sites = make_sites(session.workbench, session.folder / LEDGERS)
+    ledgers = session.folder / LEDGERS
+    sites = make_sites(session.workbench, ledgers, session.facts.run, resumed=True)
     count = len(sites)
     client = make_client_app(lambda context: sites[int(context.node_config["partition-id"])])
     nodes: dict[int, UserConfig] = {
         index + 1: {"partition-id": index, "num-partitions": count} for index in range(count)
     }
     run_in_process(server, InProcessGrid(client, nodes))
+
+
+def _run_on_ray(session: Session, server: ServerApp) -> None:
+    """Call the server in this process and every client in an actor of a Ray cluster."""
+    from client.app import make_client_app
+    from client.simulation import site_in_actor
+    from server.simulation import RaySettings, run_on_ray
+
+    federation = session.config.federation
+    settings = RaySettings(
+        federation.address, federation.cpus_per_client, federation.gpus_per_client
+    )
+    client = make_client_app(partial(site_in_actor, session.order))
+    run_on_ray(server, client, federation.clients, settings)
 
 
 def _complete(session: Session) -> Path:
@@ -150,6 +168,14 @@ def _complete(session: Session) -> Path:
             f"no round was completed; {outcome.stopped_reason}. What was recorded is in {folder}"
         )
     return folder
+
+
+def _check_engine(config: RunConfig) -> None:
+    """Raise RunError now where the engine is not installed."""
+    if config.federation.engine == "ray":
+        from server.simulation import check_ray
+
+        check_ray()
 
 
 def _folder_to_resume(words: list[str]) -> Path:

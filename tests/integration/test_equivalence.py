@@ -55,5 +55,5 @@ def test_physical_batch_and_gradient_path_change_nothing(tmp_path: Path) -> None
 def test_dry_runs_repeat_and_private_runs_do_not(tmp_path: Path) -> None:
     first, second = (products(tmp_path, name) for name in ("first", "second"))
     assert all(torch.equal(first[site], second[site]) for site in first)
-    private = [products(tmp_path, f"dp{turn}", "privacy=dp") for turn in range(2)]
+    private = [products(tmp_path, f"dp{turn}", "privacy.mode=dp") for turn in range(2)]
     assert difference(*private) > 0.1

@@ -1,0 +1,112 @@
+"""The ServerApp of ``flwr run``: one client for every node of the federation."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedlr.build import build
+from fedlr.config import RunConfig, from_json
+from fedlr.config.nodes import for_nodes
+from fedlr.errors import RunError
+from fedlr.orders import order_file, write_order
+from fedlr.report.folder import check_output, create_run_folder
+from fedlr.report.tables import show_closing
+from server.session import Session, begin, strategy_config
+
+SETTLED_S = 2.0
+"""Nodes register one after the other: their number counts once it has stood this long."""
+
+POLL_S = 0.2
+"""Seconds between two counts."""
+
+ROUND_TIMEOUT_S = 3600.0
+"""Seconds a round may take where the configuration sets no bound: a node can vanish."""
+
+
+def count_nodes(grid: Grid, timeout_s: float) -> int:
+    """Return the number of nodes, once it has not changed for `SETTLED_S`.
+
+    Args:
+        grid: Connects to the nodes.
+        timeout_s: Seconds to wait; the number that is found then counts.
+
+    Raises:
+        RunError: There is none.
+    """
+    began = changed = time.monotonic()
+    count = 0
+    while (now := time.monotonic()) - began < timeout_s:
+        found = len(list(grid.get_node_ids()))
+        if found != count:
+            count, changed = found, now
+        if count and now - changed >= SETTLED_S:
+            return count
+        time.sleep(POLL_S)
+    if not count:
+        raise RunError(
+            f"no node is connected after {timeout_s:g} s; start SuperNodes, or name their number "
+            'with --federation-config "num-supernodes=<N>"'
+        )
+    return count
+
+
+def run(grid: Grid, context: Context) -> None:
+    """Run the federation of ``context.run_config["cfg"]`` on the nodes of ``grid``.
+
+    Raises:
+        FedlrError: The run cannot be built or started, or completed no round. Flower
+            then shows the run as failed.
+    """
+    config = from_json(str(context.run_config["cfg"]))
+    check_output(Path(config.output), config.name)
+    count = count_nodes(grid, config.federation.start_timeout_s)
+    session = _begin(for_nodes(config, count), context.run_id)
+    try:
+        federation = session.config.federation
+        settings = replace(
+            strategy_config(session.config, session.facts.run),
+            round_timeout_s=federation.round_timeout_s or ROUND_TIMEOUT_S,
+        )
+        outcome = session.strategy(settings).run(grid)
+        summary = session.finish(outcome)
+    finally:
+        order_file(config.output, context.run_id).unlink(missing_ok=True)
+        session.close()
+    show_closing(summary, outcome.records, sys.stdout)
+    _say(f"the run is in {session.folder.absolute()}")
+    if summary.rounds == 0:
+        raise RunError(
+            f"no round was completed; {outcome.stopped_reason}. What was recorded is in "
+            f"{session.folder}"
+        )
+
+
+def _begin(config: RunConfig, flower_run: int) -> Session:
+    """Make the run folder and its ledgers, and leave the order for the nodes."""
+    began = time.monotonic()
+    workbench = build(config, _say)
+    folder = create_run_folder(Path(config.output), config.name, datetime.now())
+    session = begin(workbench, folder, began)
+    write_order(order_file(config.output, flower_run), session.order)
+    return session
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"fedlr: {line}\n")
+    sys.stderr.flush()
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Called by Flower."""
+    run(grid, context)
