@@ -148,6 +148,8 @@ def _run_on_ray(session: Session, server: ServerApp) -> None:
         federation.address, federation.cpus_per_client, federation.gpus_per_client
     )
     client = make_client_app(partial(site_in_actor, session.order))
+    where = federation.address or "this machine"
+    _say(f"starting Ray on {where}; each of its processes loads the model")
     run_on_ray(server, client, federation.clients, settings)
 
 
