@@ -16,6 +16,7 @@ from fedlr.errors import FedlrError, RunError
 VERBS = {
     "simulate": ("fedlr.cli.simulate", "run a simulated federation on this machine"),
     "export": ("fedlr.cli.export", "write the model of a run as others load it"),
+    "audit": ("fedlr.cli.audit", "attack a site's private training; bound its ε from below"),
     "predict": ("fedlr.cli.predict", "classify texts with the model of a run"),
 }
 
@@ -23,6 +24,7 @@ _USAGE = """\
 fedlr {version}: federated fine-tuning with private low-rank aggregation
 
 usage: fedlr simulate [overrides]
+       fedlr audit [overrides] [--canaries=<n>] [--confidence=<p>] [--json]
        fedlr export <run folder> [--merge] [--output <folder>]
        fedlr predict <run folder> "text" … [--json]
 
