@@ -18,8 +18,9 @@ from fedlr.config import from_json
 from fedlr.errors import LedgerError
 from fedlr.orders import SiteOrder, ledger_path, ledger_source
 from fedlr.planning import ClientPlan, max_joins
+from fedlr.privacy.booking import Booking, History, JobKey, Ledger
 from fedlr.privacy.events import Release
-from fedlr.privacy.ledger import Booking, JobKey, Ledger, MemoryLedger, SqliteLedger
+from fedlr.privacy.ledger import MemoryLedger, SqliteLedger
 
 
 class NodeContext(Protocol):
@@ -101,7 +102,12 @@ class UnreachableLedger:
         self._path = path
 
     def reserve(
-        self, key: JobKey, event: Release, max_joins: int | None = None, job: str = ""
+        self,
+        key: JobKey,
+        event: Release,
+        max_joins: int | None = None,
+        job: str = "",
+        head: int | None = None,
     ) -> bool:
         """Raise LedgerError."""
         self._refuse()
@@ -111,6 +117,14 @@ class UnreachableLedger:
         self._refuse()
 
     def recall(self, key: JobKey) -> Booking | None:
+        """Raise LedgerError."""
+        self._refuse()
+
+    def history(self) -> History:
+        """Raise LedgerError."""
+        self._refuse()
+
+    def observe(self, fingerprint: str) -> bool:
         """Raise LedgerError."""
         self._refuse()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedlr import checks
-from fedlr.privacy.events import Release
+from fedlr.privacy.events import Release, merge
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,45 @@ class Booking:
     update: bytes | None
 
 
+@dataclass(frozen=True)
+class Entry:
+    """Releases of one run on one day.
+
+    Attributes:
+        run: Identifier of the run.
+        day: Days since 1970 on the clock of the ledger's machine; 0 where unknown.
+        event: What was released, open reservations as reserved.
+    """
+
+    run: str
+    day: int
+    event: Release
+
+
+@dataclass(frozen=True)
+class History:
+    """Everything in a ledger at one moment.
+
+    Attributes:
+        head: Number of reservations and commits so far; it only ever grows.
+        entries: One per run, day and mechanism.
+    """
+
+    head: int
+    entries: tuple[Entry, ...]
+
+    def events(self, run: str | None = None, since: int | None = None) -> tuple[Release, ...]:
+        """Return merged events, of one run or from one day on if asked.
+
+        An entry whose day is unknown is recent: budgets must never under-count.
+        """
+        return merge(
+            entry.event
+            for entry in self.entries
+            if run in (None, entry.run) and (since is None or entry.day == 0 or entry.day >= since)
+        )
+
+
 class Ledger(Protocol):
     """Durable record of all that one data source has released; one contract, all stores.
 
@@ -62,7 +101,12 @@ class Ledger(Protocol):
     """
 
     def reserve(
-        self, key: JobKey, event: Release, max_joins: int | None = None, job: str = ""
+        self,
+        key: JobKey,
+        event: Release,
+        max_joins: int | None = None,
+        job: str = "",
+        head: int | None = None,
     ) -> bool:
         """Book the most that the job can release, before its first gradient.
 
@@ -73,12 +117,15 @@ class Ledger(Protocol):
                 the same transaction, so two processes cannot exceed it jointly.
                 None: no bound.
             job: Digest of the whole job, for whoever asks again (`recall`).
+            head: `History.head` at which the caller's budget was computed; nothing may
+                have been booked since. None: it does not matter.
 
         Returns:
             True; False where ``max_joins`` is reached, and nothing is booked.
 
         Raises:
             LedgerError: The key was ever reserved before, committed or not.
+            LedgerMoved: The ledger no longer stands at ``head``; nothing is booked.
         """
         ...
 
@@ -105,12 +152,25 @@ class Ledger(Protocol):
         """Return what is booked under ``key``; None where nothing is."""
         ...
 
+    def history(self) -> History:
+        """Return everything booked, and where the ledger stands."""
+        ...
+
     def spent(self) -> tuple[Release, ...]:
         """Return all committed events, and every open reservation as reserved, merged."""
         ...
 
     def joins(self) -> int:
         """Return the number of keys ever reserved, committed or not."""
+        ...
+
+    def observe(self, fingerprint: str) -> bool:
+        """Note the digest of the data as they are now.
+
+        Returns:
+            Whether they have changed since they were last observed. That starts no
+            new ledger: the rows that stayed keep their history.
+        """
         ...
 
     def close(self) -> None:

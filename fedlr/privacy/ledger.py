@@ -6,76 +6,74 @@ failed, counts as spent in full: what it computed may have left.
 
 from __future__ import annotations
 
-import os
-import secrets
 import sqlite3
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fedlr.errors import LedgerCorrupt, LedgerError
-from fedlr.privacy.booking import Booking, JobKey, Ledger
-from fedlr.privacy.events import Release, merge
+from fedlr.errors import LedgerCorrupt, LedgerError, LedgerMoved
+from fedlr.privacy import database, witness
+from fedlr.privacy.booking import Booking, Entry, History, JobKey, Ledger
+from fedlr.privacy.database import MIGRATIONS, Database
+from fedlr.privacy.events import Release
 
 __all__ = ["MIGRATIONS", "Booking", "JobKey", "Ledger", "MemoryLedger", "SqliteLedger"]
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (
-    (
-        "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-        """CREATE TABLE entries (
-            run TEXT NOT NULL,
-            round INTEGER NOT NULL,
-            client TEXT NOT NULL,
-            nonce TEXT NOT NULL,
-            reserved TEXT NOT NULL,
-            committed TEXT,
-            PRIMARY KEY (run, round, client, nonce)
-        )""",
-        "INSERT INTO meta VALUES ('schema_version', '1')",
-    ),
-    (
-        "ALTER TABLE entries ADD COLUMN job TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE entries ADD COLUMN released BLOB",
-    ),
-)
-"""Statements that take schema version i to i + 1; only ever appended to."""
+RECOVERED = "recovered"
+"""Run and client of what `SqliteLedger.recover` books."""
 
-_BUSY_SECONDS = 30.0
-_INSERT = "INSERT INTO entries (run, round, client, nonce, reserved, job) VALUES (?, ?, ?, ?, ?, ?)"
+_DAY_S = 86_400
+_INSERT = (
+    "INSERT INTO entries (run, round, client, nonce, reserved, job, booked_at) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?)"
+)
 _KEY = "WHERE run = ? AND round = ? AND client = ? AND nonce = ?"
 _SELECT = f"SELECT reserved, committed, job, released FROM entries {_KEY}"
 _UPDATE = f"UPDATE entries SET committed = ?, released = ? {_KEY}"
 _DROP = "UPDATE entries SET released = NULL WHERE run = ? AND client = ? AND released IS NOT NULL"
-# Primary SQLite result codes that mean a broken or foreign file; the others
-# (busy, read-only, full, no such file) leave the ledger as it was.
-_DAMAGE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_HISTORY = (
+    f"SELECT run, booked_at / {_DAY_S}, COALESCE(committed, reserved), COUNT(*) "
+    "FROM entries GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
+)
+_FORWARD = "UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE name = 'head'"
 
 
 class MemoryLedger:
     """A ledger in memory, gone with the process: for tests and dry runs."""
 
     def __init__(self) -> None:
-        self._reserved: dict[JobKey, Release] = {}
+        self._reserved: dict[JobKey, tuple[Release, int]] = {}
         self._committed: dict[JobKey, Release] = {}
         self._jobs: dict[JobKey, str] = {}
         self._updates: dict[tuple[str, str], tuple[JobKey, bytes]] = {}
+        self._fingerprint: str | None = None
+        self._head = 0
         self._lock = threading.Lock()
         self._closed = False
 
     def reserve(
-        self, key: JobKey, event: Release, max_joins: int | None = None, job: str = ""
+        self,
+        key: JobKey,
+        event: Release,
+        max_joins: int | None = None,
+        job: str = "",
+        head: int | None = None,
     ) -> bool:
         """See `Ledger.reserve`."""
         with self._open():
             if key in self._reserved:
                 raise LedgerError(_known(key))
+            _check_head(self._head, head)
             if max_joins is not None and len(self._reserved) >= max_joins:
                 return False
-            self._reserved[key] = event
+            self._reserved[key] = (event, int(time.time()) // _DAY_S)
             self._jobs[key] = job
+            self._head += 1
             return True
 
     def commit(self, key: JobKey, event: Release, update: bytes = b"") -> None:
@@ -83,9 +81,10 @@ class MemoryLedger:
         with self._open():
             if key in self._committed or key not in self._reserved:
                 raise LedgerError(_not_open(key))
-            _check_covered(self._reserved[key], event)
+            _check_covered(self._reserved[key][0], event)
             self._committed[key] = event
             self._updates[key.run, key.client] = (key, update)
+            self._head += 1
 
     def recall(self, key: JobKey) -> Booking | None:
         """See `Ledger.recall`."""
@@ -96,15 +95,29 @@ class MemoryLedger:
             kept = update if latest == key else None
             return Booking(self._jobs[key], key in self._committed, kept)
 
+    def history(self) -> History:
+        """See `Ledger.history`."""
+        with self._open():
+            counted = Counter(
+                Entry(key.run, day, self._committed.get(key, event))
+                for key, (event, day) in self._reserved.items()
+            )
+            return History(self._head, tuple(_times(*item) for item in counted.items()))
+
     def spent(self) -> tuple[Release, ...]:
         """See `Ledger.spent`."""
-        with self._open():
-            return merge({**self._reserved, **self._committed}.values())
+        return self.history().events()
 
     def joins(self) -> int:
         """See `Ledger.joins`."""
         with self._open():
             return len(self._reserved)
+
+    def observe(self, fingerprint: str) -> bool:
+        """See `Ledger.observe`."""
+        with self._open():
+            before, self._fingerprint = self._fingerprint, fingerprint
+            return before not in (None, fingerprint)
 
     def close(self) -> None:
         """See `Ledger.close`."""
@@ -120,15 +133,14 @@ class MemoryLedger:
 
 
 class SqliteLedger:
-    """A ledger in one SQLite file, opened for each call and closed again.
+    """A ledger in one SQLite file (`fedlr.privacy.database.Database`).
 
-    File, journal and folder are synchronised (``synchronous=EXTRA``), so a call
-    that returned survives a power failure. Calls take the file's lock at once
-    (``BEGIN IMMEDIATE``) and wait up to 30 s for another process. A new ledger
-    is completed under another name and then linked to ``path``, so an existing
-    empty file was truncated, and is refused.
+    Beside a file lies its witness (`fedlr.privacy.witness`): what had been booked when
+    something last left the process. A ledger that knows less was restored from a backup,
+    and is refused until `recover` books what it lacks.
 
     Attributes:
+        path: The file.
         source_id: Identifier of the data source that the ledger belongs to.
 
     Args:
@@ -136,210 +148,192 @@ class SqliteLedger:
             that does; or ``":memory:"``.
         source_id: Identifier of the data source: stored in a new ledger (by
             default a random one), compared with that of an existing one.
+        shared: Whether the file is on storage that several machines write to.
 
     Raises:
         LedgerError: The folder is missing, the file belongs to another source
-            or to a newer version of the program, or it cannot be opened.
+            or to a newer version of the program, it cannot be opened, or it was
+            restored from a backup, or is missing while its witness is there.
         LedgerCorrupt: The file is damaged or is no ledger.
     """
 
-    def __init__(self, path: Path | Literal[":memory:"], source_id: str | None = None) -> None:
-        self._path = Path(path)
-        self._memory = _connect(":memory:") if path == ":memory:" else None
-        self._lock = threading.Lock()
-        self._closed = False
-        if self._memory is not None:
-            _create(self._memory, source_id)
-        elif not self._path.exists():
-            _create_file(self._path, source_id)
-        self.source_id = self._check(source_id)
+    def __init__(
+        self,
+        path: Path | Literal[":memory:"],
+        source_id: str | None = None,
+        shared: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self._witness = None if path == ":memory:" else witness.beside(self.path)
+        if self._witness is not None and self._witness.exists() and not self.path.exists():
+            raise LedgerError(
+                f"ledger {self.path} is gone, but {self._witness.name} tells of what it had booked;"
+                " bring back the newest backup, then run `fedlr ledger recover`"
+            )
+        self._database = Database(path, source_id, shared)
+        try:
+            self.source_id = self._check(source_id)
+        except BaseException:
+            self._database.close()
+            raise
 
     def reserve(
-        self, key: JobKey, event: Release, max_joins: int | None = None, job: str = ""
+        self,
+        key: JobKey,
+        event: Release,
+        max_joins: int | None = None,
+        job: str = "",
+        head: int | None = None,
     ) -> bool:
         """See `Ledger.reserve`."""
-        with self._transaction() as database:
-            if _row(database, key) is not None:
+        with self._checked() as connection:
+            if _row(connection, key) is not None:
                 raise LedgerError(_known(key))
-            if max_joins is not None and _joins(database) >= max_joins:
+            _check_head(_head(connection), head)
+            if max_joins is not None and _joins(connection) >= max_joins:
                 return False
-            database.execute(_INSERT, (*astuple(key), event.to_json(), job))
+            booked = (*astuple(key), event.to_json(), job, int(time.time()))
+            connection.execute(_INSERT, booked)
+            connection.execute(_FORWARD)
             return True
 
     def commit(self, key: JobKey, event: Release, update: bytes = b"") -> None:
         """See `Ledger.commit`."""
-        with self._transaction() as database:
-            row = _row(database, key)
+        with self._checked() as connection:
+            row = _row(connection, key)
             if row is None or row[1] is not None:
                 raise LedgerError(_not_open(key))
             _check_covered(Release.from_json(row[0]), event)
-            database.execute(_DROP, (key.run, key.client))
-            database.execute(_UPDATE, (event.to_json(), update, *astuple(key)))
+            connection.execute(_DROP, (key.run, key.client))
+            connection.execute(_UPDATE, (event.to_json(), update, *astuple(key)))
+            connection.execute(_FORWARD)
+            history = _history(connection)
+        if self._witness is not None:
+            witness.write(self._witness, self.source_id, history.head, history.events())
 
     def recall(self, key: JobKey) -> Booking | None:
         """See `Ledger.recall`."""
-        with self._transaction() as database:
-            row = _row(database, key)
+        with self._checked() as connection:
+            row = _row(connection, key)
         return None if row is None else Booking(str(row[2]), row[1] is not None, row[3])
+
+    def history(self) -> History:
+        """See `Ledger.history`; raises LedgerError on an event it does not know."""
+        with self._checked() as connection:
+            return _history(connection)
 
     def spent(self) -> tuple[Release, ...]:
         """See `Ledger.spent`; raises LedgerError on an event it does not know."""
-        with self._transaction() as database:
-            rows = database.execute(
-                "SELECT COALESCE(committed, reserved), COUNT(*) FROM entries GROUP BY 1"
-            ).fetchall()
-        counted = ((Release.from_json(str(text)), count) for text, count in rows)
-        return merge(replace(event, steps=event.steps * count) for event, count in counted)
+        return self.history().events()
 
     def joins(self) -> int:
         """See `Ledger.joins`."""
-        with self._transaction() as database:
-            return _joins(database)
+        with self._checked() as connection:
+            return _joins(connection)
+
+    def observe(self, fingerprint: str) -> bool:
+        """See `Ledger.observe`."""
+        latest = "SELECT sha256 FROM fingerprints ORDER BY rowid DESC LIMIT 1"
+        with self._checked() as connection:
+            row = connection.execute(latest).fetchone()
+            if row is None or row[0] != fingerprint:
+                values = (fingerprint, int(time.time()))
+                connection.execute("INSERT INTO fingerprints VALUES (?, ?)", values)
+            return row is not None and row[0] != fingerprint
+
+    def recover(self) -> tuple[Release, ...]:
+        """Book what the witness knows and this ledger, restored from a backup, does not.
+
+        Returns:
+            The events booked now; none where nothing is missing.
+
+        Raises:
+            LedgerError: There is no witness, or it is another ledger's.
+        """
+        if self._witness is None:
+            raise LedgerError("a ledger in memory has no witness, and nothing to recover")
+        seen = witness.read(self._witness, self.source_id)
+        if seen is None:
+            raise LedgerError(f"{self._witness} does not exist; there is nothing to recover from")
+        with self._database.transaction() as connection:
+            history = _history(connection)
+            missing = witness.missing(seen.events, history.events())
+            key = JobKey(RECOVERED, seen.head, RECOVERED, str(time.time_ns()))
+            for number, event in enumerate(missing):
+                one = replace(key, nonce=f"{key.nonce}-{number}")
+                booked = (*astuple(one), event.to_json(), "", int(time.time()))
+                connection.execute(_INSERT, booked)
+            forward = max(history.head, seen.head) + len(missing)
+            connection.execute("UPDATE meta SET value = ? WHERE name = 'head'", (str(forward),))
+        return missing
 
     def close(self) -> None:
         """See `Ledger.close`."""
-        with self._lock:
-            self._closed = True
-            if self._memory is not None:
-                self._memory.close()
+        self._database.close()
 
     def _check(self, source_id: str | None) -> str:
         """Return the source id of a sound ledger of that source."""
-        with self._transaction() as database:
-            damage = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        with self._database.transaction() as connection:
+            damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if damage != "ok":
-                raise LedgerCorrupt(_damaged(self._path, damage))
-            stored = _meta(database, "source_id")
+                raise LedgerCorrupt(database.damaged(self.path, damage))
+            stored = database.meta(connection, "source_id")
         if source_id is not None and stored != source_id:
             raise LedgerError(
-                f"ledger {self._path} belongs to the data source {stored!r}, not to "
+                f"ledger {self.path} belongs to the data source {stored!r}, not to "
                 f"{source_id!r}; name its own ledger, or correct the source id"
             )
         return stored
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Run the block in one durable transaction; roll back if it raises."""
-        with self._lock:
-            if self._closed:
-                raise LedgerError("the ledger is closed; open it again")
-            with _translated(self._path), self._connection() as database, _immediate(database):
-                # Each time: another process may have upgraded the file meanwhile.
-                _migrate(database)
-                yield database
-
-    def _connection(self) -> AbstractContextManager[sqlite3.Connection]:
-        """Return the connection in memory, or one to the file for this call alone."""
-        if self._memory is not None:
-            return nullcontext(self._memory)
-        if self._path.stat().st_size == 0:
-            raise LedgerCorrupt(_damaged(self._path, "it is empty"))
-        # mode=rw: a ledger deleted under our feet must not come back empty.
-        return closing(_connect(f"{self._path.absolute().as_uri()}?mode=rw"))
+    def _checked(self) -> Iterator[sqlite3.Connection]:
+        """Run the block in a transaction of a ledger that is no older than its witness."""
+        with self._database.transaction() as connection:
+            if self._witness is not None:
+                seen = witness.read(self._witness, self.source_id)
+                if seen is not None and _head(connection) < seen.head:
+                    raise LedgerError(
+                        f"ledger {self.path} stands at {_head(connection)}, but stood at "
+                        f"{seen.head} when this site last released something: it was restored "
+                        "from a backup. `fedlr ledger recover` books what it lacks"
+                    )
+            yield connection
 
 
-def _connect(uri: str) -> sqlite3.Connection:
-    """Open a connection without implicit transactions."""
-    return sqlite3.connect(
-        uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-    )
-
-
-@contextmanager
-def _immediate(database: sqlite3.Connection) -> Iterator[None]:
-    """Hold the writer's lock for the block; commit durably, or roll back if it raises."""
-    database.execute("PRAGMA synchronous = EXTRA")
-    database.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        database.execute("COMMIT")
-    except BaseException:
-        if database.in_transaction:
-            database.execute("ROLLBACK")
-        raise
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """Turn errors of SQLite and of the file system into those of the ledger."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        if code in _DAMAGE:
-            raise LedgerCorrupt(_damaged(path, str(error))) from error
-        raise LedgerError(
-            f"ledger {path} cannot be used ({error}); nothing was booked, check the file, "
-            "its folder and other processes, then try again"
-        ) from error
-    except OSError as error:
-        raise LedgerError(
-            f"ledger {path} cannot be opened ({error}); restore it, nothing can be released "
-            "without it"
-        ) from error
-
-
-def _create_file(path: Path, source_id: str | None) -> None:
-    """Make a complete ledger and link it to ``path`` unless another process was faster."""
-    if not path.parent.is_dir():
-        raise LedgerError(f"ledger folder {path.parent} does not exist; create it first")
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    with _translated(path):
-        try:
-            os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            with closing(_connect(draft.absolute().as_uri())) as database:
-                _create(database, source_id)
-            with suppress(FileExistsError):
-                os.link(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def _create(database: sqlite3.Connection, source_id: str | None) -> None:
-    """Run every migration on an empty database and name its source."""
-    identifier = secrets.token_hex(16) if source_id is None else source_id
-    with _immediate(database):
-        _run_migrations(database, 0)
-        database.execute("INSERT INTO meta VALUES ('source_id', ?)", (identifier,))
-
-
-def _migrate(database: sqlite3.Connection) -> None:
-    """Bring an existing ledger to this program's schema; refuse a newer one."""
-    version = int(_meta(database, "schema_version"))
-    if version > len(MIGRATIONS):
-        raise LedgerError(
-            f"ledger schema_version = {version} is newer than {len(MIGRATIONS)}, the newest this "
-            "program knows; upgrade the program"
-        )
-    _run_migrations(database, version)
-
-
-def _run_migrations(database: sqlite3.Connection, version: int) -> None:
-    """Run the steps from ``version`` on, inside the caller's transaction."""
-    for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
-        for statement in statements:
-            database.execute(statement)
-        database.execute("UPDATE meta SET value = ? WHERE name = 'schema_version'", (str(number),))
-
-
-def _meta(database: sqlite3.Connection, name: str) -> str:
-    """Return one value of the meta table; LedgerCorrupt if it is missing."""
-    row = database.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-    if row is None:
-        raise LedgerCorrupt(f"the ledger has no {name}; restore it from a backup")
-    return str(row[0])
-
-
-def _row(database: sqlite3.Connection, key: JobKey) -> Any:
+def _row(connection: sqlite3.Connection, key: JobKey) -> Any:
     """Return (reserved, committed, job, released) of a key, or None."""
-    return database.execute(_SELECT, astuple(key)).fetchone()
+    return connection.execute(_SELECT, astuple(key)).fetchone()
 
 
-def _joins(database: sqlite3.Connection) -> int:
-    return int(database.execute("SELECT COUNT(*) FROM entries").fetchone()[0])
+def _joins(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("SELECT COUNT(*) FROM entries").fetchone()[0])
+
+
+def _head(connection: sqlite3.Connection) -> int:
+    return int(database.meta(connection, "head"))
+
+
+def _history(connection: sqlite3.Connection) -> History:
+    rows = connection.execute(_HISTORY).fetchall()
+    entries = (
+        _times(Entry(str(run), int(day), Release.from_json(str(text))), count)
+        for run, day, text, count in rows
+    )
+    return History(_head(connection), tuple(entries))
+
+
+def _times(entry: Entry, count: int) -> Entry:
+    """Return one entry for ``count`` equal ones."""
+    return replace(entry, event=replace(entry.event, steps=entry.event.steps * count))
+
+
+def _check_head(found: int, expected: int | None) -> None:
+    """Raise unless nothing was booked since the caller looked."""
+    if expected is not None and found != expected:
+        raise LedgerMoved(
+            f"the ledger stands at {found}, not at {expected}: something was booked meanwhile; "
+            "compute the budget again"
+        )
 
 
 def _check_covered(reserved: Release, actual: Release) -> None:
@@ -359,11 +353,3 @@ def _known(key: JobKey) -> str:
 def _not_open(key: JobKey) -> str:
     """Message for a commit without an open reservation."""
     return f"{key} has no open reservation; reserve before training, commit once"
-
-
-def _damaged(path: Path, reason: str) -> str:
-    """Message for a file that is no sound ledger."""
-    return (
-        f"ledger {path} is damaged ({reason}); restore it from a backup, nothing can be "
-        "released without it"
-    )

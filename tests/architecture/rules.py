@@ -41,7 +41,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "fedlr.orders": (*BASE, *RECORDS, "fedlr.config", "fedlr.privacy"),
     "server": (*BUILT, "fedlr.orders", "fedlr.restore"),
     "client": (*WORK, "fedlr.config", "fedlr.planning", "fedlr.build", "fedlr.orders"),
-    "fedlr.cli": (*BASE, *COMPOSITION, *SHOWING, "server", "client"),
+    "fedlr.cli": (*BASE, *COMPOSITION, "fedlr.audit", *SHOWING, "server", "client"),
 }
 """Own modules by importer; a module may always import its own package."""
 

@@ -61,10 +61,15 @@ class SpyLedger(MemoryLedger):
         super().__init__()
 
     def reserve(
-        self, key: JobKey, event: Release, max_joins: int | None = None, job: str = ""
+        self,
+        key: JobKey,
+        event: Release,
+        max_joins: int | None = None,
+        job: str = "",
+        head: int | None = None,
     ) -> bool:
         self.calls.append("reserve")
-        return super().reserve(key, event, max_joins, job)
+        return super().reserve(key, event, max_joins, job, head)
 
     def commit(self, key: JobKey, event: Release, update: bytes = b"") -> None:
         self.calls.append("commit")
