@@ -67,6 +67,10 @@ class LedgerError(FedlrError):
     exit_code = 6
 
 
+class LedgerMoved(LedgerError):
+    """Something was booked since the caller looked; its budget has to be computed again."""
+
+
 class LedgerCorrupt(LedgerError):
     """The ledger file is damaged; nothing may be released until it is repaired."""
 
