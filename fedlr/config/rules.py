@@ -59,6 +59,7 @@ def range_problems(config: RunConfig) -> list[str]:
         (checks.in_range, "privacy.delta", privacy.delta, (1e-15, 0.5)),
         (checks.in_range, "privacy.head_share", privacy.head_share, (0.001, 0.999)),
         (checks.at_least, "privacy.max_joins", privacy.max_joins, (1,)),
+        (checks.at_least, "privacy.rows_per_user", privacy.rows_per_user, (1,)),
         (checks.positive, "optimizer.head_learning_rate", optimizer.head_learning_rate, ()),
         (checks.at_least, "data.max_examples", config.data.max_examples, (1,)),
         (checks.positive, "federation.round_timeout_s", federation.round_timeout_s, ()),
@@ -133,6 +134,11 @@ def _data_rules(config: RunConfig) -> list[tuple[bool, str]]:
         (
             data.label_names is not None and len(set(data.label_names)) < 2,
             f"data.label_names = {list(data.label_names or ())} must list two or more labels",
+        ),
+        (
+            config.privacy.rows_per_user is not None and config.privacy.unit != "user",
+            f"privacy.rows_per_user = {config.privacy.rows_per_user} but privacy.unit = "
+            f"{config.privacy.unit}; set privacy.unit=user, or privacy.rows_per_user=null",
         ),
         (
             config.privacy.mode == "dry" and not (data.public or data.kind == "stdlib"),

@@ -157,6 +157,10 @@ class PrivacyConfig:
             C·√share and the adapters to C·√(1 − share). null: one joint clip.
         accountant: ``prv`` or ``rdp``.
         max_joins: Rounds one site may join; null is every round.
+        rows_per_user: Rows of one user that a step uses at most, chosen anew each time
+            (``unit: user``); null is all of them.
+        policies: Folder with a ``<client>.toml`` for each site whose operator allows less
+            than this configuration (`client.policy`); null: none does.
     """
 
     mode: Literal["dp", "dry", "none"] = "dp"
@@ -167,6 +171,8 @@ class PrivacyConfig:
     head_share: float | None = None
     accountant: Literal["prv", "rdp"] = "prv"
     max_joins: int | None = None
+    rows_per_user: int | None = None
+    policies: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

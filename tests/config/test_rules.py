@@ -54,6 +54,7 @@ LOWEST: dict[str, int] = {
     "kernels.physical_batch": 1,
     "kernels.prefix_cache_mb": 0,
     "privacy.max_joins": 1,
+    "privacy.rows_per_user": 1,
     "data.max_examples": 1,
     "kernels.threads": 1,
 }
@@ -94,6 +95,7 @@ def test_a_value_out_of_its_range_is_named(path: str, value: float) -> None:
 COMPANY: dict[str, tuple[tuple[str, Any], ...]] = {
     "federation.clients": (("federation.clients_per_round", 1),),
     "privacy.head_share": (("model.head.trained", True),),
+    "privacy.rows_per_user": (("privacy.unit", "user"),),
 }
 
 
@@ -123,7 +125,8 @@ def test_every_field_with_a_range_is_in_the_tables(monkeypatch: pytest.MonkeyPat
         *(("method.update_norm_bound", 1.0), ("privacy.delta", 0.1), ("privacy.head_share", 0.5)),
         *(("privacy.max_joins", 1), ("optimizer.head_learning_rate", 1.0)),
         *(("data.max_examples", 1), ("kernels.threads", 1), ("model.head.trained", True)),
-        ("federation.round_timeout_s", 1.0),
+        *(("federation.round_timeout_s", 1.0), ("privacy.rows_per_user", 1)),
+        ("privacy.unit", "user"),
     ]
     values: dict[str, Any] = {}
     for path, value in optional:
@@ -148,6 +151,7 @@ CONTRADICTIONS: list[tuple[tuple[tuple[str, Any], ...], str]] = [
     ((("data.kind", "hub"),), "data.name is missing"),
     ((("data.text_columns", []),), "data.text_columns = []"),
     ((("data.label_names", ["a", "a"]),), "data.label_names = ['a', 'a']"),
+    ((("privacy.rows_per_user", 2),), "privacy.rows_per_user = 2 but"),
     (
         (("privacy.mode", "dry"), ("data.kind", "file"), ("data.path", "x")),
         "privacy.mode = dry",
