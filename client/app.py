@@ -19,6 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from fedlr.adapters.codec import ARRAYS_RECORD, HEADER_RECORD
+from fedlr.errors import FedlrError
 from fedlr.methods.method import ClientUpdate
 from fedlr.training import jobs
 from fedlr.training.jobs import Abstention, Arrays, Header, Job, SiteStatus
@@ -57,8 +58,8 @@ def make_client_app(site_of: Callable[[Context], SiteLike]) -> ClientApp:
     def status(message: Message, context: Context) -> Message:
         try:
             header = jobs.encode_status(site_of(context).status())
-        except Exception:
-            _log.exception("node %d: no status", context.node_id)
+        except Exception as error:
+            _tell(error, f"node {context.node_id}: no status")
             header = {"code": "failed"}
         return Message(_content({}, header), reply_to=message)
 
@@ -66,8 +67,8 @@ def make_client_app(site_of: Callable[[Context], SiteLike]) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         try:
             site = site_of(context)
-        except Exception:
-            _log.exception("node %d: no site", context.node_id)
+        except Exception as error:
+            _tell(error, f"node {context.node_id}: no site")
             return _reply(message, Abstention("", "failed"))
         return _answer([(site, message)], one_by_one)[0]
 
@@ -164,6 +165,14 @@ def _reply(message: Message, outcome: ClientUpdate | Abstention) -> Message:
 def _content(arrays: Arrays, header: Header) -> RecordDict:
     record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
     return RecordDict({ARRAYS_RECORD: record, HEADER_RECORD: ConfigRecord({**header})})
+
+
+def _tell(error: Exception, what: str) -> None:
+    """Tell the operator: a sentence where the mistake is theirs, a traceback where it is ours."""
+    if isinstance(error, FedlrError):
+        _log.error("%s: %s", what, error)
+    else:
+        _log.error(what, exc_info=error)
 
 
 def _name(site: SiteLike) -> str:

@@ -12,7 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from client.site import Site, SitePolicy
+from client.policy import SitePolicy, read_limits, tighten
+from client.site import Site
 from fedlr.build import Workbench, build
 from fedlr.config import from_json
 from fedlr.errors import LedgerError
@@ -120,6 +121,10 @@ class UnreachableLedger:
         """Raise LedgerError."""
         self._refuse()
 
+    def released(self, run: str, round: int, client: str) -> bytes | None:
+        """Raise LedgerError."""
+        self._refuse()
+
     def history(self) -> History:
         """Raise LedgerError."""
         self._refuse()
@@ -159,7 +164,7 @@ def _site(workbench: Workbench, plan: ClientPlan, ledger: Ledger) -> Site:
 
 def _policy(workbench: Workbench, plan: ClientPlan) -> SitePolicy:
     config = workbench.config
-    return SitePolicy(
+    policy = SitePolicy(
         client=plan.name,
         mode=config.privacy.mode,
         declared_size=plan.declared_size,
@@ -174,6 +179,10 @@ def _policy(workbench: Workbench, plan: ClientPlan) -> SitePolicy:
         accountant=config.privacy.accountant,
         public_seed=config.seed,
     )
+    if config.privacy.policies is None:
+        return policy
+    path = Path(config.privacy.policies) / f"{plan.name}.toml"
+    return tighten(policy, read_limits(path)) if path.exists() else policy
 
 
 def _ledger(folder: Path, client: str, run: str | None, resumed: bool) -> Ledger:

@@ -7,81 +7,30 @@ is called directly in a simulation and behind an agent on a real node.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import safetensors.torch
 import torch
 
-from fedlr import checks
+from client.policy import SitePolicy
 from fedlr.data.batching import UnitIndex
-from fedlr.errors import LedgerError
+from fedlr.errors import LedgerError, LedgerMoved
 from fedlr.methods.method import ClientUpdate, PartKey, Parts, Role
-from fedlr.privacy.accounting import Accountant, epsilon
+from fedlr.privacy.accounting import epsilon
+from fedlr.privacy.booking import Booking, History, JobKey, Ledger
 from fedlr.privacy.dpsgd import Mechanism, clip_groups
 from fedlr.privacy.events import Release
-from fedlr.privacy.ledger import Booking, JobKey, Ledger
 from fedlr.privacy.noise import Stream, public_stream, secret_stream
 from fedlr.training.jobs import Abstention, Job, Provenance, SiteStatus, job_digest
 from fedlr.training.local import LocalTask, LocalTrainer
 
+MONTH_DAYS = 30
+"""Days, today included, of what a monthly budget bounds."""
+
+__all__ = ["Site", "SitePolicy"]
+
 _log = logging.getLogger("fedlr.site")
-
-
-@dataclass(frozen=True)
-class SitePolicy:
-    """What the operator declares; every number in it is public.
-
-    Attributes:
-        client: Stable public identifier.
-        mode: ``dp``, ``dry`` or ``none``.
-        declared_size: N, the declared number of units; shapes q, never counted
-            from the rows at run time.
-        expected_batch: L; q = min(1, L/N) and the divisor of the sum.
-        clip_norm: C.
-        head_share: Share of C² of a trained head; None clips jointly.
-        noise_multiplier: σ, calibrated for ``max_joins``; 0 unless ``mode=dp``.
-        delta: δ.
-        epsilon: ε that no round may take this site above.
-        unit: Unit of privacy.
-        max_joins: Rounds this site may join before it stops.
-        accountant: Accountant of the reported ε.
-        public_seed: Seed of Poisson draws where ``mode`` is not ``dp``.
-    """
-
-    client: str
-    mode: Literal["dp", "dry", "none"]
-    declared_size: int
-    expected_batch: int
-    clip_norm: float
-    head_share: float | None
-    noise_multiplier: float
-    delta: float
-    epsilon: float
-    unit: Literal["example", "user"]
-    max_joins: int
-    accountant: Accountant
-    public_seed: int
-
-    def __post_init__(self) -> None:
-        checks.one_of("mode", self.mode, ("dp", "dry", "none"))
-        checks.at_least("declared_size", self.declared_size, 0)
-        checks.at_least("expected_batch", self.expected_batch, 1)
-        checks.positive("clip_norm", self.clip_norm)
-        checks.non_negative("noise_multiplier", self.noise_multiplier)
-        checks.at_least("max_joins", self.max_joins, 1)
-        checks.positive("epsilon", self.epsilon)
-        if (self.mode == "dp") != (self.noise_multiplier > 0):
-            raise ValueError(
-                f"noise_multiplier = {self.noise_multiplier} does not fit mode = {self.mode!r}: it "
-                "must be > 0 in mode dp and 0 in the others"
-            )
-
-    @property
-    def sample_rate(self) -> float:
-        """q = min(1, L/N); 1 where nothing is declared."""
-        return min(1.0, self.expected_batch / max(1, self.declared_size))
 
 
 class Site:
@@ -139,20 +88,24 @@ class Site:
         try:
             if job.provenance != self._provenance:
                 return self._abstain("provenance")
-            if not job.train and not self._has_released(job):
+            released = {} if job.train else self._released_in(job)
+            if released is None:
                 return self._abstain("no_release")
-            if problem := self._problem(job):
+            if problem := self._problem(job, released):
                 _log.error("%s: the job does not fit: %s", self.policy.client, problem)
                 return self._abstain("bad_job")
-            return self._train(job) if job.train else self._project(job)
+            if refusal := self.policy.refuses(job):
+                _log.error("%s: the policy does not allow it: %s", self.policy.client, refusal)
+                return self._abstain("policy")
+            return self._train(job) if job.train else self._project(job, released)
         except LedgerError as error:
             _log.error("%s: the ledger refuses: %s", self.policy.client, error)
             return self._abstain("ledger")
         except Exception:
             _log.exception("%s: the round failed", self.policy.client)
-            return self._fail()
+            return self._abstain("failed")
 
-    def _problem(self, job: Job) -> str | None:
+    def _problem(self, job: Job, released: Parts) -> str | None:
         """Say what is wrong with a job, before anything is reserved for it."""
         try:
             if job.train:
@@ -161,7 +114,7 @@ class Site:
                 if not job.send or job.send - job.train:
                     return f"send = {sorted(job.send)} must be among train = {sorted(job.train)}"
             else:
-                self._check_projection(job)
+                self._check_projection(job, released)
         except ValueError as error:
             return str(error)
         return None
@@ -179,19 +132,50 @@ class Site:
         steps = self._trainer.settings.steps
         release = Release(policy.noise_multiplier, policy.sample_rate, steps, policy.unit)
         if booking is None:
-            if self._ledger.joins() >= policy.max_joins:
-                return self._abstain("max_joins")
-            spent = self._epsilon(release)
-            if policy.mode == "dp" and spent > policy.epsilon:
-                return self._abstain("budget")
-            if not self._ledger.reserve(key, release, policy.max_joins, digest):
-                return self._abstain("max_joins")
+            spent = self._book(job.run, key, release, digest)
+            if isinstance(spent, str):
+                return self._abstain(spent)
         else:
             # A dry job that was cut short has nothing to pay: it is done again.
             spent = self._epsilon()
         trained = self._run(job, mechanism)
         self._ledger.commit(key, release, safetensors.torch.save(_named(trained)))
         return self._update(job, trained, spent)
+
+    def _book(self, run: str, key: JobKey, release: Release, digest: str) -> float | str:
+        """Reserve a release and return ε with it, or the code of the bound that forbids it.
+
+        ε is computed outside any lock; if another process booked something meanwhile,
+        it is computed again, so that two of them cannot exceed a budget jointly.
+        """
+        policy = self.policy
+        while True:
+            history = self._ledger.history()
+            if self._ledger.joins() >= policy.max_joins:
+                return "max_joins"
+            spent = self._epsilon_of(history.events(), release)
+            if policy.mode == "dp" and (code := self._over_budget(history, run, release, spent)):
+                return code
+            try:
+                booked = self._ledger.reserve(key, release, policy.max_joins, digest, history.head)
+            except LedgerMoved:
+                continue
+            return spent if booked else "max_joins"
+
+    def _over_budget(
+        self, history: History, run: str, release: Release, spent: float
+    ) -> str | None:
+        """Return the code of the first budget that ``release`` would exceed."""
+        policy = self.policy
+        if spent > policy.epsilon:
+            return "budget"
+        of_run, month = policy.epsilon_per_run, policy.epsilon_per_month
+        if of_run is not None and self._epsilon_of(history.events(run=run), release) > of_run:
+            return "run_budget"
+        since = int(time.time()) // 86_400 - MONTH_DAYS + 1
+        if month is not None and self._epsilon_of(history.events(since=since), release) > month:
+            return "month_budget"
+        return None
 
     def _repeat(self, job: Job, digest: str, booking: Booking) -> ClientUpdate | Abstention:
         """Answer a job that the ledger knows with what was already paid for, or not at all."""
@@ -223,10 +207,13 @@ class Site:
             expected_batch=policy.expected_batch,
         )
 
-    def _epsilon(self, *planned: Release) -> float:
-        """Return ε of everything in the ledger and of what is planned."""
-        events = (*self._ledger.spent(), *planned)
-        return epsilon(events, self.policy.delta, self.policy.accountant)
+    def _epsilon(self) -> float:
+        """Return ε of everything in the ledger."""
+        return self._epsilon_of(self._ledger.spent())
+
+    def _epsilon_of(self, events: Sequence[Release], *planned: Release) -> float:
+        """Return ε of some events and of what is planned."""
+        return epsilon((*events, *planned), self.policy.delta, self.policy.accountant)
 
     def _run(self, job: Job, mechanism: Mechanism | None) -> dict[PartKey, torch.Tensor]:
         sampling, noise = self._streams(job)
@@ -247,18 +234,16 @@ class Site:
         labels = (self.policy.public_seed, self.policy.client, job.round, job.phase)
         return public_stream("sampling", *labels), public_stream("noise", *labels)
 
-    def _project(self, job: Job) -> ClientUpdate:
+    def _project(self, job: Job, released: Parts) -> ClientUpdate:
         """Answer a projecting phase: rotationᵀ·B of what was released in this round."""
-        released = self._released_parts()
         cores = {
             PartKey(key.site, Role.CORE): rotation.T @ released[PartKey(key.site, Role.B)]
             for key, rotation in job.parts.items()
         }
         return ClientUpdate(client=self.policy.client, parts=cores, steps=0)
 
-    def _check_projection(self, job: Job) -> None:
+    def _check_projection(self, job: Job, released: Parts) -> None:
         """Raise ValueError unless the job asks for cores of released B's, and of nothing else."""
-        released = self._released_parts()
         if job.send != frozenset({Role.CORE}) or not job.parts:
             raise ValueError("a projecting phase brings rotations and sends cores")
         for key, rotation in job.parts.items():
@@ -268,11 +253,17 @@ class Site:
             if rotation.ndim != 2 or rotation.shape[0] != b.shape[0]:
                 raise ValueError(f"{key.site}/{key.role} has shape {tuple(rotation.shape)}")
 
-    def _has_released(self, job: Job) -> bool:
-        return self._released is not None and self._released[0] == (job.run, job.round)
-
-    def _released_parts(self) -> Parts:
-        return {} if self._released is None else self._released[1]
+    def _released_in(self, job: Job) -> Parts | None:
+        """Return what was released in the job's round, by this process or an earlier one."""
+        if self._released is not None and self._released[0] == (job.run, job.round):
+            return self._released[1]
+        if self.policy.mode == "none":
+            return None
+        saved = self._ledger.released(job.run, job.round, self.policy.client)
+        if not saved:
+            return None
+        arrays = safetensors.torch.load(saved).items()
+        return {_key_of(name): value for name, value in arrays}
 
     def _key(self, job: Job) -> JobKey:
         return JobKey(job.run, job.round, self.policy.client, job.nonce)
@@ -281,21 +272,23 @@ class Site:
         return [key for key in job.parts if key.role in job.train]
 
     def _abstain(self, code: str) -> Abstention:
-        return Abstention(self.policy.client, code)
-
-    def _fail(self) -> Abstention:
-        """Answer ``failed`` with the ε spent: what was booked for the round stays paid."""
-        if self.policy.mode == "none":
-            return self._abstain("failed")
-        try:
-            return Abstention(self.policy.client, "failed", self._epsilon() or None)
-        except LedgerError as error:
-            _log.error("%s: the ledger cannot be read: %s", self.policy.client, error)
-            return self._abstain("failed")
+        """Answer with a code and the ε spent, which a round that was cut short has raised."""
+        spent = None
+        if self.policy.mode != "none":
+            try:
+                spent = self._epsilon() or None
+            except LedgerError as error:
+                _log.error("%s: the ledger cannot be read: %s", self.policy.client, error)
+        return Abstention(self.policy.client, code, spent)
 
 
 def _name(key: PartKey) -> str:
     return f"{key.site}|{key.role.value}"
+
+
+def _key_of(name: str) -> PartKey:
+    site, _, role = name.rpartition("|")
+    return PartKey(site, Role(role))
 
 
 def _named(parts: Parts) -> dict[str, torch.Tensor]:

@@ -8,13 +8,14 @@ in which everything spent elsewhere would be missing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedlr.config import RunConfig, to_json
 from fedlr.errors import RunError
 from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report import strict_json
+from fedlr.report.folder import output_folder
 from fedlr.report.records import write_atomically
 
 
@@ -72,7 +73,7 @@ def prepare(
         LedgerError: A ledger cannot be made, or a file there is another run's.
     """
     order = SiteOrder(
-        config=to_json(config),
+        config=to_json(_absolute(config)),
         run=run,
         ledgers=str(ledgers.absolute()),
         clients=tuple(noise),
@@ -84,6 +85,18 @@ def prepare(
     return order
 
 
+def _absolute(config: RunConfig) -> RunConfig:
+    """Return ``config`` for a process that works in another folder of this machine."""
+    model, data = config.model, config.data
+    if Path(model.name).is_dir():
+        model = replace(model, name=str(Path(model.name).absolute()))
+    if data.path is not None:
+        data = replace(data, path=str(Path(data.path).absolute()))
+    policies = config.privacy.policies
+    privacy = replace(config.privacy, policies=policies and str(Path(policies).absolute()))
+    return replace(config, model=model, data=data, privacy=privacy)
+
+
 def order_file(output: str, flower_run: int) -> Path:
     """Return where the apps of ``flwr run`` hand an order over.
 
@@ -92,7 +105,7 @@ def order_file(output: str, flower_run: int) -> Path:
             which Flower's local SuperLink was started.
         flower_run: Flower's id of the run, the one thing both apps are told.
     """
-    return Path(output).absolute() / "flower" / f"{flower_run}.json"
+    return output_folder(output).absolute() / "flower" / f"{flower_run}.json"
 
 
 def write_order(path: Path, order: SiteOrder) -> None:

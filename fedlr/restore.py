@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from fedlr.data.dataset import TextDataset
 from fedlr.errors import RunError
 from fedlr.methods.method import Layout, Parts
 from fedlr.report.card import Form, Loading, card
-from fedlr.report.facts import RunFacts
+from fedlr.report.facts import RunFacts, check_same
 from fedlr.report.records import Summary
 from fedlr.training.base import BaseModel, load_base, quiet_transformers
 from fedlr.training.classifier import Classifier
@@ -205,13 +205,8 @@ def _rows(model: RunModel, texts: Sequence[str]) -> TextDataset:
 def _check_same(config: RunConfig, facts: RunFacts, base: BaseModel) -> None:
     """Raise RunError unless the model is the one the run trained."""
     now = provenance(config, base, facts.label_names)
-    differing = [n for n in ("base", "tokenizer", "labels") if getattr(facts, n) != getattr(now, n)]
-    if differing:
-        raise RunError(
-            f"the run began with another {', '.join(differing)} than is found now, and its arrays "
-            f"mean nothing there; bring back model.name = {config.model.name!r} and config.json "
-            "as they were"
-        )
+    found = replace(facts, base=now.base, tokenizer=now.tokenizer, labels=now.labels)
+    check_same(facts, found, ("base", "tokenizer", "labels"))
 
 
 def _head(settings: HeadConfig, arrays: Mapping[str, Tensor]) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,11 +35,14 @@ class Journal(Protocol):
         ...
 
     def finished(self, checkpoint: Checkpoint) -> None:
-        """Store where the run stands after a completed round."""
+        """Store where the run stands after a closed round, abandoned or not."""
         ...
 
-    def abandoned(self) -> None:
-        """Forget the nonces of a round that was given up: a resumed run asks anew."""
+    def abandoned(self, refused: Collection[str]) -> None:
+        """Forget the nonces of these clients in a round that was given up.
+
+        A resumed run asks them anew; the others have paid, and give what they gave.
+        """
         ...
 
 
@@ -53,7 +56,7 @@ class NoJournal:
     def finished(self, checkpoint: Checkpoint) -> None:
         """Do nothing."""
 
-    def abandoned(self) -> None:
+    def abandoned(self, refused: Collection[str]) -> None:
         """Do nothing."""
 
 

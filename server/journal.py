@@ -8,7 +8,7 @@ ones, and a site that was paid for answers with the same update.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,9 +95,13 @@ class FileJournal:
         self._write_sending(_Sending(round, phases))
         return {client: known.get(client, nonce) for client, nonce in nonces.items()}
 
-    def abandoned(self) -> None:
+    def abandoned(self, refused: Collection[str]) -> None:
         """See `server.hooks.Journal.abandoned`."""
-        self._write_sending(_Sending())
+        phases = {
+            phase: {client: nonce for client, nonce in nonces.items() if client not in refused}
+            for phase, nonces in self._sending.phases.items()
+        }
+        self._write_sending(_Sending(self._sending.round, phases))
 
     def finished(self, checkpoint: Checkpoint) -> None:
         """See `server.hooks.Journal.finished`; the records are in ``rounds.jsonl``."""
@@ -127,10 +131,18 @@ def read_checkpoint(folder: Path, layout: Layout) -> Checkpoint | None:
         The checkpoint, with the records of its rounds; None before the first one.
 
     Raises:
-        RunError: The file is damaged, or a record of its rounds is missing.
+        RunError: The file is damaged or gone, or a record of its rounds is missing.
     """
     path = folder / JOURNAL / CHECKPOINT
+    records = read_rounds(folder / ROUNDS) if (folder / ROUNDS).exists() else []
+    completed = max((record.round for record in records if record.accepted), default=0)
     if not path.exists():
+        # The record of a round is written just before its checkpoint.
+        if completed > 1:
+            raise RunError(
+                f"{path} is gone, though {completed} rounds were finished; bring it back from a "
+                "copy, the run cannot go on without it"
+            )
         return None
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -142,16 +154,16 @@ def read_checkpoint(folder: Path, layout: Layout) -> Checkpoint | None:
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise RunError(f"{path} is damaged: {error}; restore it from a copy") from error
     done = states[-1].round
-    records = tuple(r for r in read_rounds(folder / ROUNDS) if r.round <= done)
-    if len(records) != done:
+    kept = tuple(record for record in records if record.round <= done)
+    if len(kept) != done or completed > done + 1:
         raise RunError(
-            f"{folder / ROUNDS} has {len(records)} of the {done} rounds in {path}; restore the "
-            "missing lines from a copy"
+            f"{folder / ROUNDS} tells of {completed} rounds, {path} of {done}; one of them is from "
+            "another time, bring back the newest of both"
         )
     return Checkpoint(
         state=states[-1],
         recent=states[len(states) - header.recent :],
-        records=records,
+        records=kept,
         joins=header.joins,
         steps=header.steps,
         epsilon=header.epsilon,

@@ -6,7 +6,6 @@ import sys
 import time
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -16,7 +15,7 @@ from fedlr.config import RunConfig, from_json
 from fedlr.config.nodes import for_nodes
 from fedlr.errors import RunError
 from fedlr.orders import order_file, write_order
-from fedlr.report.folder import check_output, create_run_folder
+from fedlr.report.folder import check_output, create_run_folder, output_folder
 from fedlr.report.tables import show_closing
 from server.session import Session, begin, strategy_config
 
@@ -65,7 +64,7 @@ def run(grid: Grid, context: Context) -> None:
             then shows the run as failed.
     """
     config = from_json(str(context.run_config["cfg"]))
-    check_output(Path(config.output), config.name)
+    check_output(output_folder(config.output), config.name)
     count = count_nodes(grid, config.federation.start_timeout_s)
     session = _begin(for_nodes(config, count), context.run_id)
     try:
@@ -92,7 +91,7 @@ def _begin(config: RunConfig, flower_run: int) -> Session:
     """Make the run folder and its ledgers, and leave the order for the nodes."""
     began = time.monotonic()
     workbench = build(config, _say)
-    folder = create_run_folder(Path(config.output), config.name, datetime.now())
+    folder = create_run_folder(output_folder(config.output), config.name, datetime.now())
     session = begin(workbench, folder, began)
     write_order(order_file(config.output, flower_run), session.order)
     return session

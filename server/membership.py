@@ -68,8 +68,8 @@ def gather(grid: Grid, config: StrategyConfig, provenance: Provenance) -> Member
     if len(statuses) < config.clients:
         raise RunError(
             f"{len(statuses)} of {config.clients} clients answered within "
-            f"{config.start_timeout_s:g} s ({_names(statuses)}); start the missing ones, lower "
-            "federation.clients, or wait longer"
+            f"{config.start_timeout_s:g} s ({_names(statuses)}); look at the log of the others for "
+            "why they cannot run, start the missing ones, or lower federation.clients"
         )
     membership = _admit(statuses, config, provenance)
     for notice in membership.notices:
@@ -86,18 +86,22 @@ def _ask(grid: Grid, config: StrategyConfig) -> dict[int, SiteStatus]:
     """Return the valid statuses by node id."""
     deadline = time.monotonic() + config.start_timeout_s
     statuses: dict[int, SiteStatus] = {}
+    broken: set[int] = set()
     while True:
         left = deadline - time.monotonic()
-        silent = [node for node in grid.get_node_ids() if node not in statuses]
+        silent = [n for n in grid.get_node_ids() if n not in statuses and n not in broken]
         if silent and left > 0:
-            statuses |= _answers(grid, silent, left)
+            statuses |= _answers(grid, silent, left, broken)
         left = deadline - time.monotonic()
-        if len(statuses) >= config.clients or left <= 0:
+        if len(statuses) + len(broken) >= config.clients or left <= 0:
             return statuses
         time.sleep(min(POLL_S, left))
 
 
-def _answers(grid: Grid, nodes: list[int], timeout: float) -> dict[int, SiteStatus]:
+def _answers(
+    grid: Grid, nodes: list[int], timeout: float, broken: set[int]
+) -> dict[int, SiteStatus]:
+    """Return the statuses that came; nodes that answered anything else are added to ``broken``."""
     queries = [status_query(node, timeout) for node in nodes]
     replies = grid.send_and_receive(queries, timeout=timeout)
     # A message has no id before it is sent.
@@ -110,7 +114,8 @@ def _answers(grid: Grid, nodes: list[int], timeout: float) -> dict[int, SiteStat
         try:
             statuses[node] = read_status(reply)
         except BadUpdate as error:
-            _log.warning("node %d: no valid status: %s", node, error)
+            broken.add(node)
+            _log.warning("node %d cannot take part: %s", node, error)
     return statuses
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from fedlr.build import Workbench
 from fedlr.config import RunConfig
+from fedlr.errors import LedgerError
+from fedlr.orders import SiteOrder
+from fedlr.privacy.accounting import epsilon
+from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report.facts import RunFacts
 from fedlr.report.plots import curves
 from fedlr.report.records import ClientSummary, Summary, write_summary
@@ -35,6 +41,40 @@ def so_far(checkpoint: Checkpoint) -> Outcome:
         epsilon=checkpoint.epsilon,
         statuses={},
     )
+
+
+def ledger_epsilon(config: RunConfig, facts: RunFacts, order: SiteOrder) -> dict[str, float]:
+    """Return ε of each client by its own ledger, forfeited rounds included.
+
+    Clients whose ledger cannot be read here are left out; all of them where privacy is
+    not on.
+    """
+    found: dict[str, float] = {}
+    for client in facts.clients if config.privacy.mode == "dp" else ():
+        path = order.ledger(client.client)
+        with suppress(LedgerError):
+            if path.exists():
+                ledger = SqliteLedger(path, order.source(client.client))
+                spent = ledger.spent()
+                ledger.close()
+                found[client.client] = epsilon(spent, client.delta, config.privacy.accountant)
+    return found
+
+
+def settle(config: RunConfig, facts: RunFacts, order: SiteOrder, outcome: Outcome) -> Outcome:
+    """Return ``outcome`` with ε as the ledgers have it; a ledger that is missing is a notice.
+
+    What a site reports can be less: it is silent when a round was cut short.
+    """
+    found = ledger_epsilon(config, facts, order)
+    silent = [client.client for client in facts.clients if client.client not in found]
+    notices = outcome.notices
+    if silent and config.privacy.mode == "dp":
+        notices += (
+            f"The ledgers of {', '.join(silent)} cannot be read here; their ε is what they last "
+            "reported, and may be too small.",
+        )
+    return replace(outcome, epsilon={**outcome.epsilon, **found}, notices=notices)
 
 
 def summarise(config: RunConfig, facts: RunFacts, outcome: Outcome, wall_s: float) -> Summary:
@@ -91,14 +131,18 @@ def _clients(facts: RunFacts, outcome: Outcome, mode: str) -> tuple[ClientSummar
 
 
 def _spent(epsilon: Mapping[str, float], client: str, mode: str) -> float | None:
-    """Return the client's last reported ε; ∞ in dry mode, where nothing is promised."""
+    """Return the client's ε, None if unknown; ∞ in dry mode, where nothing is promised."""
     if mode == "none":
         return None
-    return math.inf if mode == "dry" else epsilon.get(client, 0.0)
+    return math.inf if mode == "dry" else epsilon.get(client)
 
 
 def write_results(workbench: Workbench, outcome: Outcome, summary: Summary, folder: Path) -> None:
-    """Write ``adapter/``, ``curves.png`` and, last of all, ``summary.json`` into ``folder``."""
-    save_result(RunModel.of(workbench), outcome.parts, summary, folder / "adapter")
+    """Write ``adapter/``, ``curves.png`` and, last of all, ``summary.json`` into ``folder``.
+
+    Without a completed round there is no trained model, and no ``adapter/``.
+    """
+    if summary.rounds:
+        save_result(RunModel.of(workbench), outcome.parts, summary, folder / "adapter")
     curves(outcome.records, summary, folder / "curves.png")
     write_summary(folder / SUMMARY, summary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import time
@@ -12,21 +13,24 @@ from pathlib import Path
 import torch
 
 from fedlr.build import Workbench, build
-from fedlr.config import RunConfig, from_json, to_json
-from fedlr.errors import RunError
+from fedlr.config import RunConfig, from_mapping, to_json
+from fedlr.errors import ConfigError, RunError
 from fedlr.orders import SiteOrder, prepare
-from fedlr.report.facts import ClientFacts, RunFacts, read_facts, write_facts
+from fedlr.report.facts import ClientFacts, RunFacts, check_same, read_facts, write_facts
 from fedlr.report.folder import CONFIG_FILE, write_config
 from fedlr.report.live import LiveProgress
 from fedlr.report.records import RoundLog, Summary, read_summary
 from server.hooks import Hooks
 from server.journal import ROUNDS, FileJournal, write_head
 from server.outcome import Checkpoint, Outcome, StrategyConfig
-from server.results import SUMMARY, summarise, write_results
+from server.results import SUMMARY, ledger_epsilon, settle, summarise, write_results
 from server.strategy import FederatedStrategy
 
 LEDGERS = "ledgers"
 """Folder of the ledgers of simulated clients, in the run folder."""
+
+_FIXED = ("base", "tokenizer", "labels", "codec", "data_sha256", "clients")
+"""Facts that a resumed run must find as they were."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,12 @@ class Session:
     def finish(self, outcome: Outcome) -> Summary:
         """Write adapter, plot and summary, and return the summary.
 
-        The duration is that of the rounds before a resume and of this process.
+        ε is that of the ledgers, which also count rounds that were paid for and not
+        joined; the duration is that of the rounds before a resume and of this process.
         """
         earlier = sum(record.wall_s for record in self.start.records)
         wall_s = earlier + time.monotonic() - self.began
+        outcome = settle(self.config, self.facts, self.order, outcome)
         summary = summarise(self.config, self.facts, outcome, wall_s)
         write_results(self.workbench, outcome, summary, self.folder)
         return summary
@@ -124,11 +130,15 @@ def finished(folder: Path) -> Summary | None:
     Raises:
         RunError: ``folder`` is no run folder, or a file in it is damaged.
     """
-    read_facts(folder)
-    path = folder / SUMMARY
+    config, path = read_config(folder, read_facts(folder)), folder / SUMMARY
     summary = read_summary(path) if path.exists() else None
-    done = summary is not None and summary.rounds >= read_config(folder).federation.rounds
+    done = summary is not None and summary.rounds >= config.federation.rounds
     return summary if done else None
+
+
+def order_of(folder: Path, config: RunConfig, facts: RunFacts) -> SiteOrder:
+    """Return the order of a run that has begun; no ledger is made."""
+    return prepare(config, facts.run, folder / LEDGERS, _noise(facts), resumed=True)
 
 
 def resume(folder: Path, say: Callable[[str], None] = lambda _: None) -> Session:
@@ -144,28 +154,41 @@ def resume(folder: Path, say: Callable[[str], None] = lambda _: None) -> Session
         FedlrError: As `fedlr.build.build`.
     """
     began = time.monotonic()
-    facts, config = read_facts(folder), read_config(folder)
+    facts = read_facts(folder)
+    config = read_config(folder, facts)
     journal = FileJournal(folder)
     try:
         workbench = build(config, say, _noise(facts))
-        _check_same(facts, facts_of(workbench, facts.run))
+        check_same(facts, facts_of(workbench, facts.run), _FIXED)
         start = journal.checkpoint(workbench.layout) or _first(workbench)
-        order = prepare(config, facts.run, folder / LEDGERS, _noise(facts), resumed=True)
+        order = order_of(folder, config, facts)
+        _check_ledgers(config, facts, order, start)
     except BaseException:
         journal.close()
         raise
     return Session(workbench, folder, facts, order, start, journal, began)
 
 
-def read_config(folder: Path) -> RunConfig:
-    """Return the configuration of a run folder; RunError where it cannot be read."""
+def read_config(folder: Path, facts: RunFacts) -> RunConfig:
+    """Return the configuration of a run folder.
+
+    Raises:
+        RunError: It cannot be read, or is not the one the run began with: what the run
+            promised, and what it has spent, holds for that one alone.
+    """
     path = folder / CONFIG_FILE
     try:
-        return from_json(json.dumps(json.loads(path.read_text(encoding="utf-8"))["config"]))
+        config = from_mapping(json.loads(path.read_text(encoding="utf-8"))["config"])
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged: {error}; restore it from a copy") from error
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise RunError(f"{path} is damaged: {error}; bring it back from a copy") from error
+    if _digest(config) != facts.config_sha256:
+        raise RunError(
+            f"{path} is not the configuration that the run began with; bring it back as it was, or "
+            "start a new run with the other one"
+        )
+    return config
 
 
 def facts_of(workbench: Workbench, run: str) -> RunFacts:
@@ -173,6 +196,7 @@ def facts_of(workbench: Workbench, run: str) -> RunFacts:
     config, provenance = workbench.config, workbench.provenance
     return RunFacts(
         run=run,
+        config_sha256=_digest(config),
         model=workbench.base.name,
         data=config.data.name or config.data.path or config.data.kind,
         data_sha256=workbench.data.publishable_sha256,
@@ -225,12 +249,17 @@ def _first(workbench: Workbench) -> Checkpoint:
     return Checkpoint(workbench.method.init(workbench.layout, generator))
 
 
-def _check_same(before: RunFacts, now: RunFacts) -> None:
-    """Raise RunError unless the run still has its model, data and clients."""
-    names = ("base", "tokenizer", "labels", "codec", "data_sha256", "clients")
-    differing = [name for name in names if getattr(before, name) != getattr(now, name)]
-    if differing:
-        raise RunError(
-            f"the run began with another {', '.join(differing)} than is found now; bring back the "
-            "model and the data it began with, or start a new run"
-        )
+def _digest(config: RunConfig) -> str:
+    return hashlib.sha256(to_json(config).encode()).hexdigest()
+
+
+def _check_ledgers(config: RunConfig, facts: RunFacts, order: SiteOrder, at: Checkpoint) -> None:
+    """Raise RunError where a ledger has forgotten what the run knows of it."""
+    for client, found in ledger_epsilon(config, facts, order).items():
+        known = at.epsilon.get(client, 0.0)
+        if found < known * (1 - 1e-9):
+            raise RunError(
+                f"the ledger {order.ledger(client)} gives ε = {found:.4g}, but {client} had "
+                f"reported {known:.4g}: it was restored from a backup; bring back the newest one, "
+                "or run `fedlr ledger recover` on it"
+            )

@@ -186,8 +186,8 @@ def run_on_ray(
         Exception: Whatever ``server_app`` raised.
 
     Guarantees:
-        A job is never given to a second actor. The environment, Flower's process-wide
-        identity and the signal handlers are as before.
+        A job that dies with its actor is given once more; a private site has booked it
+        and forfeits it. Environment, Flower's identity and signal handlers stay as before.
     """
     checks.at_least("clients", clients, 1)
     check_ray()
@@ -305,8 +305,10 @@ def _simulate(
     resources: dict[str, Any] = {
         "num_cpus": settings.cpus_per_client,
         "num_gpus": settings.gpus_per_client,
-        # Handed on to the actors' options: without it a dead one fails all its later jobs.
+        # Handed on to the actors' options: without it a dead one fails all its later jobs,
+        # and those that come while it restarts.
         "max_restarts": -1,
+        "max_task_retries": 1,
     }
     with _interrupted_by_ctrl_c(stop):
         try:

@@ -251,10 +251,12 @@ class FederatedStrategy(Strategy):
             f"accepted, at least {self.config.min_clients} with a positive weight are needed "
             f"(refused: {opened.refusal_counts()})"
         )
+        refused = [refusal.client for refusal in opened.refused]
         opened.abandon()
-        self._hooks.journal.abandoned()
         self._at = replace(self._at, epsilon={**self._at.epsilon, **opened.epsilon})
         self._record(opened, number, 0, (None, None))
+        self._hooks.journal.abandoned(refused)
+        self._hooks.journal.finished(self._at)
 
     def _record(self, opened: OpenRound, number: int, accepted: int, measured: Measured) -> None:
         """Log and show a closed round."""

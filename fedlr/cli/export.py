@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,23 +88,26 @@ def load_run(folder: Path) -> tuple[RunModel, Checkpoint]:
 
     if not (folder / JOURNAL / CHECKPOINT).exists():
         raise _no_round(folder)
-    model = restore(read_config(folder), facts, read_head(folder))
+    model = restore(read_config(folder, facts), facts, read_head(folder))
     checkpoint = read_checkpoint(folder, model.layout)
-    if checkpoint is None:
+    if checkpoint is None or checkpoint.state.round == 0:
         raise _no_round(folder)
     return model, checkpoint
 
 
 def _summary(folder: Path, model: RunModel, checkpoint: Checkpoint) -> Summary:
-    """Return what the run measured at its end, or what it knew at its last whole round."""
-    from server.results import SUMMARY, so_far, summarise
+    """Return what the run measured at its last whole round, its ε as the ledgers have it."""
+    from server.results import SUMMARY, settle, so_far, summarise
+    from server.session import order_of
 
+    facts, outcome = read_facts(folder), so_far(checkpoint)
     if (folder / SUMMARY).exists():
         summary = read_summary(folder / SUMMARY)
         if summary.rounds == checkpoint.state.round:  # it may be from before a resume
-            return summary
+            outcome = replace(outcome, accuracy=summary.accuracy)
+    outcome = settle(model.config, facts, order_of(folder, model.config, facts), outcome)
     wall_s = sum(record.wall_s for record in checkpoint.records)
-    return summarise(model.config, read_facts(folder), so_far(checkpoint), wall_s)
+    return summarise(model.config, facts, outcome, wall_s)
 
 
 def _no_round(folder: Path) -> RunError:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fedlr.cli.compose import choices, compose, compose_mapping
 from fedlr.config import RunConfig
 from fedlr.errors import ConfigError, RunError
-from fedlr.report.folder import check_output, create_run_folder
+from fedlr.report.folder import check_output, create_run_folder, output_folder
 from fedlr.report.records import read_rounds
 from fedlr.report.tables import show_closing
 
@@ -83,7 +83,7 @@ def simulate(config: RunConfig) -> Path:
     from server.session import begin
 
     began = time.monotonic()
-    output = Path(config.output).expanduser()
+    output = output_folder(config.output)
     check_output(output, config.name)
     _check_engine(config)
     workbench = build(config, _say)
@@ -165,7 +165,7 @@ def _complete(session: Session) -> Path:
     finally:
         session.close()
     show_closing(summary, outcome.records, sys.stdout)
-    if summary.rounds == 0:
+    if outcome.stopped_reason and summary.rounds == session.start.state.round:
         raise RunError(
             f"no round was completed; {outcome.stopped_reason}. What was recorded is in {folder}"
         )
@@ -191,7 +191,7 @@ def _folder_to_resume(words: list[str]) -> Path:
                 f"Give {RESUME}<run folder> alone, or start a new run without it"
             ]
         )
-    return Path(folder)
+    return Path(folder).expanduser()
 
 
 def _say(line: str) -> None:

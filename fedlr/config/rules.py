@@ -137,8 +137,8 @@ def _data_rules(config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             config.privacy.rows_per_user is not None and config.privacy.unit != "user",
-            f"privacy.rows_per_user = {config.privacy.rows_per_user} but privacy.unit = "
-            f"{config.privacy.unit}; set privacy.unit=user, or privacy.rows_per_user=null",
+            f"privacy.rows_per_user is set but privacy.unit = {config.privacy.unit}; set "
+            "privacy.unit=user, or privacy.rows_per_user=null",
         ),
         (
             config.privacy.mode == "dry" and not (data.public or data.kind == "stdlib"),

@@ -152,6 +152,10 @@ class Ledger(Protocol):
         """Return what is booked under ``key``; None where nothing is."""
         ...
 
+    def released(self, run: str, round: int, client: str) -> bytes | None:
+        """Return the update committed last by ``client`` in ``run``, if it is of ``round``."""
+        ...
+
     def history(self) -> History:
         """Return everything booked, and where the ledger stands."""
         ...

@@ -36,6 +36,10 @@ _KEY = "WHERE run = ? AND round = ? AND client = ? AND nonce = ?"
 _SELECT = f"SELECT reserved, committed, job, released FROM entries {_KEY}"
 _UPDATE = f"UPDATE entries SET committed = ?, released = ? {_KEY}"
 _DROP = "UPDATE entries SET released = NULL WHERE run = ? AND client = ? AND released IS NOT NULL"
+_RELEASED = (
+    "SELECT released FROM entries WHERE run = ? AND round = ? AND client = ? "
+    "AND released IS NOT NULL"
+)
 _HISTORY = (
     f"SELECT run, booked_at / {_DAY_S}, COALESCE(committed, reserved), COUNT(*) "
     "FROM entries GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
@@ -94,6 +98,12 @@ class MemoryLedger:
             latest, update = self._updates.get((key.run, key.client), (None, b""))
             kept = update if latest == key else None
             return Booking(self._jobs[key], key in self._committed, kept)
+
+    def released(self, run: str, round: int, client: str) -> bytes | None:
+        """See `Ledger.released`."""
+        with self._open():
+            key, update = self._updates.get((run, client), (None, b""))
+            return update if key is not None and key.round == round else None
 
     def history(self) -> History:
         """See `Ledger.history`."""
@@ -216,6 +226,12 @@ class SqliteLedger:
         with self._checked() as connection:
             row = _row(connection, key)
         return None if row is None else Booking(str(row[2]), row[1] is not None, row[3])
+
+    def released(self, run: str, round: int, client: str) -> bytes | None:
+        """See `Ledger.released`."""
+        with self._checked() as connection:
+            row = connection.execute(_RELEASED, (run, round, client)).fetchone()
+        return None if row is None else row[0]
 
     def history(self) -> History:
         """See `Ledger.history`; raises LedgerError on an event it does not know."""

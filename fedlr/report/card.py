@@ -172,8 +172,8 @@ def _limits(summary: Summary, loading: Loading) -> str:
         text = f"The run stopped after {summary.rounds} of {loading.rounds} rounds."
         if private:
             text += (
-                " What sites released in a round that was cut short is not in the model: their "
-                "ledgers count it, the number above may not."
+                " What sites released in a round that was cut short is not in the model; the "
+                "number above counts it."
             )
         lines.append(text)
     if private:

@@ -5,6 +5,7 @@ With it and the configuration a run is resumed, exported or used without its dat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class RunFacts:
 
     Attributes:
         run: Identifier that jobs carry and ledgers are keyed by; no two runs share one.
+        config_sha256: Digest of the canonical JSON of the configuration, hex.
         model: Name of the base model, as a reader would load it.
         data: Name of the data source.
         data_sha256: Digest of the data, hex; of its public part alone where the data
@@ -54,6 +56,7 @@ class RunFacts:
     """
 
     run: str
+    config_sha256: str
     model: str
     data: str
     data_sha256: str
@@ -68,6 +71,16 @@ class RunFacts:
 
     def __post_init__(self) -> None:
         checks.in_range("majority", self.majority, 0.0, 1.0)
+
+
+def check_same(before: RunFacts, now: RunFacts, names: Sequence[str]) -> None:
+    """Raise RunError unless a run still has what it began with; ``names`` are fields."""
+    differing = [name for name in names if getattr(before, name) != getattr(now, name)]
+    if differing:
+        raise RunError(
+            f"the run began with another {', '.join(differing)} than is found now; bring back the "
+            "model and the data it began with, or start a new run"
+        )
 
 
 def write_facts(folder: Path, facts: RunFacts) -> None:

@@ -23,6 +23,11 @@ PACKAGES = ("torch", "flwr", "opacus", "transformers", "peft", "flwr-datasets", 
 """Whose versions are written beside the configuration."""
 
 
+def output_folder(output: str) -> Path:
+    """Return the folder that the configuration's ``output`` means; ``~`` is the user's home."""
+    return Path(output).expanduser()
+
+
 def check_output(output: Path, name: str) -> None:
     """Raise RunError now if `create_run_folder` would refuse; leaves nothing."""
     _check_name(name)

@@ -27,6 +27,9 @@ Header = dict[str, str | int | float]
 ABSTENTION_CODES = (
     "max_joins",
     "budget",
+    "run_budget",
+    "month_budget",
+    "policy",
     "provenance",
     "bad_job",
     "no_release",
@@ -37,11 +40,12 @@ ABSTENTION_CODES = (
 """Every reason a site may give for not taking part; a fixed list, so that no text leaks.
 
 ``max_joins`` joined as often as its noise was calibrated for · ``budget`` the next
-round would exceed its ε · ``provenance`` other base weights, tokenizer, labels or
-codec · ``bad_job`` the job's names or shapes do not fit · ``no_release`` a
-projecting phase without a release of this round · ``ledger`` the ledger refuses ·
-``forfeited`` the job was begun before and cut short: it is spent, and not done again ·
-``failed`` anything else, explained on the operator's console only.
+round would exceed its ε in all, ``run_budget`` in this run, ``month_budget`` in thirty
+days · ``policy`` the operator does not allow it · ``provenance`` other base weights,
+tokenizer, labels or codec · ``bad_job`` the job's names or shapes do not fit ·
+``no_release`` a projecting phase without a release of this round · ``ledger`` the
+ledger refuses · ``forfeited`` the job was begun before and cut short: it is spent, and
+not done again · ``failed`` anything else, explained on the operator's console only.
 """
 
 
@@ -99,8 +103,8 @@ class Abstention:
     Attributes:
         client: Stable public identifier of the client.
         code: One of `ABSTENTION_CODES`.
-        epsilon: ε spent by this site so far, given with ``failed``: a round that was
-            booked and cut short is spent too. None where nothing was booked.
+        epsilon: ε spent by this site so far: a round that was booked and cut short is
+            spent too. None where nothing was booked, or the ledger cannot be read.
     """
 
     client: str
@@ -228,7 +232,9 @@ def encode_status(status: SiteStatus) -> Header:
 
 
 def decode_status(header: Mapping[str, Any]) -> SiteStatus:
-    """Return the site's announcement; BadUpdate (``names``) where it is malformed."""
+    """Return the site's announcement; BadUpdate (``names``) where it is malformed or a code."""
+    if "code" in header:
+        raise BadUpdate("names", f"it answered {header['code']!r}; its own log says why")
     try:
         return SiteStatus(
             client=str(header["client"]),

@@ -18,7 +18,10 @@ DOMAIN = (*FOUNDATION, "fedlr.methods", "fedlr.adapters", "fedlr.privacy", "fedl
 WORK = (*DOMAIN, "fedlr.training", "fedlr.audit")
 BUILT = (*WORK, "fedlr.config", "fedlr.planning", "fedlr.build", *SHOWING)
 
-COMPOSITION = ("fedlr.config", "fedlr.build", "fedlr.restore", "fedlr.orders")
+COMPOSITION = (
+    *("fedlr.config", "fedlr.planning", "fedlr.forecast"),
+    *("fedlr.build", "fedlr.restore", "fedlr.orders"),
+)
 
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "fedlr.errors": BASE,
@@ -36,12 +39,23 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "fedlr.training": DOMAIN,
     "fedlr.audit": (*DOMAIN, "fedlr.training"),
     "fedlr.planning": (*WORK, "fedlr.config"),
+    "fedlr.forecast": (*WORK, "fedlr.config", "fedlr.planning", "fedlr.report.plan"),
     "fedlr.build": BUILT,
     "fedlr.restore": BUILT,
+    "fedlr.doctor": (*BUILT, "fedlr.restore"),
     "fedlr.orders": (*BASE, *RECORDS, "fedlr.config", "fedlr.privacy"),
     "server": (*BUILT, "fedlr.orders", "fedlr.restore"),
     "client": (*WORK, "fedlr.config", "fedlr.planning", "fedlr.build", "fedlr.orders"),
-    "fedlr.cli": (*BASE, *COMPOSITION, "fedlr.audit", *SHOWING, "server", "client"),
+    "fedlr.cli": (
+        *BASE,
+        *COMPOSITION,
+        "fedlr.audit",
+        "fedlr.doctor",
+        "fedlr.doctor",
+        *SHOWING,
+        "server",
+        "client",
+    ),
 }
 """Own modules by importer; a module may always import its own package."""
 
@@ -49,7 +63,7 @@ OWN = ("fedlr", "server", "client")
 MATHEMATICS = (
     *("fedlr.lowrank", "fedlr.kernels", "fedlr.methods", "fedlr.adapters", "fedlr.privacy"),
     *("fedlr.data", "fedlr.training", "fedlr.audit", "fedlr.planning", "fedlr.build"),
-    *("fedlr.restore", "server", "client"),
+    *("fedlr.restore", "fedlr.doctor", "server", "client"),
 )
 
 HOMES: Mapping[str, tuple[str, ...]] = {
@@ -73,8 +87,9 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "cryptography": ("fedlr.privacy", "fedlr.cli", "client"),
     "hydra": ("fedlr.cli",),
     "omegaconf": ("fedlr.cli",),
+    "packaging": ("fedlr.doctor",),
     "matplotlib": ("fedlr.report.plots",),
-    "rich": ("fedlr.report.live", "fedlr.report.tables", "fedlr.cli"),
+    "rich": ("fedlr.report.live", "fedlr.report.plan", "fedlr.report.tables", "fedlr.cli"),
 }
 """Importers by third-party package; a package that is not named here has no home."""
 

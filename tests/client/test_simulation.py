@@ -144,7 +144,11 @@ def test_the_ledger_of_another_run_is_refused(tmp_path: Path, built: list[dict[s
 def test_every_call_of_an_unreachable_ledger_but_close_is_refused(tmp_path: Path) -> None:
     ledger: Ledger = UnreachableLedger(tmp_path / "x.sqlite")
     names = {name for name in vars(Ledger) if not name.startswith("_")} - {"close"}
-    assert names == {"reserve", "commit", "recall", "history", "spent", "joins", "observe"}
+    assert names == {"reserve", "commit", "recall", "history", "released"} | {
+        "spent",
+        "joins",
+        "observe",
+    }
     for name in names:
         call = getattr(ledger, name)
         needed = [p for p in inspect.signature(call).parameters.values() if p.default is p.empty]

@@ -132,6 +132,10 @@ class Bench:
         (outcome,) = self.site.train_many([self.job(**changes)])
         return outcome
 
+    def says(self, code: str) -> Abstention:
+        """The abstention with everything in the ledger as spent."""
+        return Abstention("client-000", code, epsilon(self.ledger.spent(), 1e-3, "rdp") or None)
+
     def update(self, **changes: Any) -> ClientUpdate:
         outcome = self.ask(**changes)
         assert isinstance(outcome, ClientUpdate)
@@ -195,9 +199,57 @@ def test_a_round_that_would_exceed_the_budget_is_refused_before_it_is_booked() -
     one_round, two_rounds = (epsilon([RELEASE] * count, 1e-3, "rdp") for count in (1, 2))
     one = bench(epsilon=(one_round + two_rounds) / 2)
     assert one.update().epsilon == one_round
-    assert one.ask(nonce="nonce-1") == Abstention("client-000", "budget")
+    assert one.ask(nonce="nonce-1") == one.says("budget")
     assert one.ledger.joins() == 1
     assert one.ledger.spent() == (RELEASE,)
+
+
+def test_each_budget_stops_the_site_before_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_round, two_rounds = (epsilon([RELEASE] * count, 1e-3, "rdp") for count in (1, 2))
+    between = (one_round + two_rounds) / 2
+    now = 100 * 86_400
+    monkeypatch.setattr("time.time", lambda: now)
+    for budget, code in (("epsilon_per_run", "run_budget"), ("epsilon_per_month", "month_budget")):
+        one = bench(max_joins=9, **{budget: between})
+        one.update(nonce="a")
+        before = list(one.calls)
+        assert one.ask(nonce="b") == one.says(code)
+        assert one.calls == before
+        # Another run does not share the one; thirty days later the other is whole again.
+        later = now + 29 * 86_400
+        monkeypatch.setattr("time.time", lambda later=later: later)
+        other_run = one.ask(run="other", nonce="c")
+        assert isinstance(other_run, ClientUpdate) == (budget == "epsilon_per_run")
+        monkeypatch.setattr("time.time", lambda later=later: later + 86_400)
+        if budget == "epsilon_per_month":
+            one.update(nonce="d")
+        assert one.update(run="third", nonce="e") if budget == "epsilon_per_run" else True
+        monkeypatch.setattr("time.time", lambda: now)
+
+
+def test_a_job_that_the_policy_does_not_allow_books_nothing() -> None:
+    for allowed in ({"train": frozenset({Role.B})}, {"bases": frozenset({"other"})}):
+        one = bench(**allowed)
+        assert one.ask() == Abstention("client-000", "policy")
+        assert one.calls == []
+    one = bench(train=BOTH, bases=frozenset({"base"}))
+    one.update()
+
+
+def test_a_budget_is_computed_again_when_something_was_booked_meanwhile() -> None:
+    one_round, two_rounds = (epsilon([RELEASE] * count, 1e-3, "rdp") for count in (1, 2))
+    one = bench(epsilon=(one_round + two_rounds) / 2, max_joins=9)
+    real, other = one.ledger.reserve, JobKey("run", 0, "twin", "nonce")
+
+    def late(*arguments: Any) -> bool:
+        one.ledger.reserve = real  # type: ignore[method-assign]
+        real(other, RELEASE)  # another process was faster
+        return real(*arguments)
+
+    one.ledger.reserve = late  # type: ignore[method-assign, assignment]
+    assert one.ask() == one.says("budget")
+    assert one.ledger.spent() == (RELEASE,)
+    assert "train" not in one.calls
 
 
 def test_an_interrupted_round_counts_whole() -> None:
@@ -214,11 +266,9 @@ def test_a_commit_that_fails_releases_nothing() -> None:
         raise LedgerError(SECRET)
 
     one.ledger.commit = broken  # type: ignore[method-assign]
-    assert one.ask() == Abstention("client-000", "ledger")
+    assert one.ask() == one.says("ledger")
     assert one.ledger.spent() == (RELEASE,)
-    assert one.ask(train=frozenset(), send=frozenset({Role.CORE})) == (
-        Abstention("client-000", "no_release")
-    )
+    assert one.ask(train=frozenset(), send=frozenset({Role.CORE})) == (one.says("no_release"))
 
 
 def restarted(one: Bench) -> Bench:
@@ -257,11 +307,11 @@ def test_a_nonce_with_another_job_is_refused() -> None:
     one.update()
     other = {key: value + 1 for key, value in one.parts.items()}
     for changes in ({"parts": other}, {"send": frozenset({Role.B})}):
-        assert one.ask(**changes) == Abstention("client-000", "ledger")
+        assert one.ask(**changes) == one.says("ledger")
     assert one.ledger.spent() == (RELEASE,)
     # The update of an earlier round is gone once a later one was paid for.
     one.update(round=1, nonce="nonce-1")
-    assert one.ask() == Abstention("client-000", "ledger")
+    assert one.ask() == one.says("ledger")
     assert one.calls.count("train") == 2
 
 
@@ -272,7 +322,7 @@ def test_a_job_that_was_cut_short_is_forfeited_under_dp_and_done_again_when_dry(
             one.ask()
         two = restarted(one)
         if mode == "dp":
-            assert two.ask() == Abstention("client-000", "forfeited")
+            assert two.ask() == two.says("forfeited")
             assert one.calls == ["reserve", "train"]
             assert one.ledger.spent() == (RELEASE,)
         else:
@@ -289,7 +339,7 @@ def test_it_stops_after_the_rounds_that_its_noise_is_calibrated_for() -> None:
     one.ask(nonce="b")  # a round that failed was a round
     one.trainer.error = None
     before = list(one.calls)
-    assert one.ask(nonce="c") == Abstention("client-000", "max_joins")
+    assert one.ask(nonce="c") == one.says("max_joins")
     assert one.calls == before
     assert one.ledger.joins() == 2
 
@@ -343,7 +393,7 @@ HOSTILE: dict[str, Callable[[Parts], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_job_that_does_not_fit_costs_nothing(name: str, mode: str) -> None:
     one = bench(mode=mode)
-    assert one.ask(**HOSTILE[name](one.parts)) == Abstention("client-000", "bad_job")
+    assert one.ask(**HOSTILE[name](one.parts)) == one.says("bad_job")
     assert one.calls == []
     assert one.ledger.joins() == 0
     one.update()
@@ -491,7 +541,7 @@ def test_without_a_release_of_this_round_there_is_nothing_to_project(
     if change:
         one.update()
     outcome = one.ask(**PROJECT, parts=rotations(one), **change)
-    assert outcome == Abstention("client-000", "no_release")
+    assert outcome == one.says("no_release")
 
 
 BAD_PROJECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
@@ -511,7 +561,7 @@ def test_a_projection_that_does_not_fit_is_refused(name: str) -> None:
     one = bench()
     one.update()
     values = {**PROJECT, "parts": rotations(one), **BAD_PROJECTIONS[name](one)}
-    assert one.ask(**values) == Abstention("client-000", "bad_job")
+    assert one.ask(**values) == one.says("bad_job")
 
 
 def test_a_site_that_released_no_b_projects_none() -> None:
@@ -519,7 +569,7 @@ def test_a_site_that_released_no_b_projects_none() -> None:
     head = frozenset({Role.HEAD})
     one.update(train=head, send=head)
     outcome = one.ask(**PROJECT, parts=rotations(one))
-    assert outcome == Abstention("client-000", "bad_job")
+    assert outcome == one.says("bad_job")
 
 
 def test_the_status_is_what_the_operator_declares() -> None:

@@ -151,7 +151,7 @@ CONTRADICTIONS: list[tuple[tuple[tuple[str, Any], ...], str]] = [
     ((("data.kind", "hub"),), "data.name is missing"),
     ((("data.text_columns", []),), "data.text_columns = []"),
     ((("data.label_names", ["a", "a"]),), "data.label_names = ['a', 'a']"),
-    ((("privacy.rows_per_user", 2),), "privacy.rows_per_user = 2 but"),
+    ((("privacy.rows_per_user", 2),), "privacy.rows_per_user is set but"),
     (
         (("privacy.mode", "dry"), ("data.kind", "file"), ("data.path", "x")),
         "privacy.mode = dry",

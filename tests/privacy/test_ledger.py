@@ -158,6 +158,9 @@ class LedgerContract(ABC):
             assert ledger.recall(name) == Booking("", True, b"later")
             kept = b"\x00update" if name == other else None
             assert ledger.recall(key(0)) == Booking("digest", True, kept)
+            assert ledger.released(name.run, name.round, name.client) == b"later"
+            assert ledger.released("run", 0, "client") == kept
+        assert ledger.released("run", 2, "client") is None
 
     def test_a_reservation_at_a_head_that_moved_books_nothing(self, ledger: Ledger) -> None:
         before = ledger.history()

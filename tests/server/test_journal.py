@@ -182,8 +182,8 @@ def test_a_phase_is_asked_again_under_its_nonces_until_the_round_is_closed(tmp_p
     second = FileJournal(tmp_path)
     assert second.sending(0, 0, {"b": "4", "c": "5"}) == {"b": "2", "c": "5"}
     assert second.sending(0, 1, {"a": "6"}) == {"a": "3"}
-    second.abandoned()
-    assert second.sending(0, 0, {"a": "7"}) == {"a": "7"}
+    second.abandoned(["a"])
+    assert second.sending(0, 0, {"a": "7", "b": "9"}) == {"a": "7", "b": "2"}
     assert second.sending(1, 0, {"a": "8"}) == {"a": "8"}
     second.close()
 
@@ -221,8 +221,9 @@ def foreign(path: Path) -> None:
     [
         ("journal/checkpoint.safetensors", cut, "damaged"),
         ("journal/checkpoint.safetensors", foreign, "fedlr.journal.9"),
-        (ROUNDS, lambda path: path.write_bytes(b""), "0 of the 3 rounds"),
-        (ROUNDS, lambda path: path.unlink(), "cannot read"),
+        (ROUNDS, lambda path: path.write_bytes(b""), "tells of 0 rounds"),
+        (ROUNDS, lambda path: path.unlink(), "tells of 0 rounds"),
+        ("journal/checkpoint.safetensors", lambda path: path.unlink(), "is gone, though 3 rounds"),
     ],
 )
 def test_damage_is_named(

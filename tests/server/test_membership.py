@@ -49,11 +49,18 @@ def test_clients_are_numbered_by_name_whatever_the_order_of_nodes() -> None:
 
 
 def test_too_few_answers_are_refused_within_the_bound_and_named() -> None:
-    sites: list[SiteLike] = [*toy_sites(3), Mute("client-03", seed=3)]
     begin = time.monotonic()
     with pytest.raises(RunError, match=r"3 of 4 clients .* 0.3 s \(client-00, .*client-02\)"):
-        gather(grid_of(sites), config(start_timeout_s=0.3), PROVENANCE)
+        gather(grid_of(toy_sites(3)), config(start_timeout_s=0.3), PROVENANCE)
     assert 0.3 <= time.monotonic() - begin < 3.0
+
+
+def test_a_site_that_says_it_cannot_run_is_not_waited_for() -> None:
+    sites: list[SiteLike] = [*toy_sites(3), Mute("client-03", seed=3)]
+    begin = time.monotonic()
+    with pytest.raises(RunError, match=r"3 of 4 clients .*log of the others"):
+        gather(grid_of(sites), config(start_timeout_s=60), PROVENANCE)
+    assert time.monotonic() - begin < 30
 
 
 def test_the_reason_of_a_mute_site_stays_at_the_site(caplog: pytest.LogCaptureFixture) -> None:

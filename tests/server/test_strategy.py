@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -150,8 +150,8 @@ class Recorder:
     def finished(self, checkpoint: Checkpoint) -> None:
         self.checkpoints.append(checkpoint)
 
-    def abandoned(self) -> None:
-        self.events.append("abandoned")
+    def abandoned(self, refused: Collection[str]) -> None:
+        self.events.append(f"abandoned {sorted(refused)}")
 
 
 def hooks_with(recorder: Recorder, log: RoundLog | None = None) -> Hooks:
