@@ -257,6 +257,18 @@ class SqliteLedger:
                 connection.execute("INSERT INTO fingerprints VALUES (?, ?)", values)
             return row is not None and row[0] != fingerprint
 
+    def entries(self) -> Iterator[dict[str, object]]:
+        """Yield every entry as plain values: key, events as JSON, day, digest of the job."""
+        names = "run, round, client, nonce, reserved, committed, booked_at, job"
+        with self._checked() as connection:
+            rows = connection.execute(f"SELECT {names} FROM entries ORDER BY rowid").fetchall()
+        yield from (dict(zip(names.split(", "), row, strict=True)) for row in rows)
+
+    def declare_disjoint(self, reason: str) -> None:
+        """Note why this ledger starts empty: no row of its data was in another one's."""
+        with self._checked() as connection:
+            connection.execute("INSERT INTO meta VALUES ('disjoint', ?)", (reason,))
+
     def recover(self) -> tuple[Release, ...]:
         """Book what the witness knows and this ledger, restored from a backup, does not.
 
