@@ -16,6 +16,7 @@ from client.policy import SitePolicy, read_limits, tighten
 from client.site import Site
 from fedlr.build import Workbench, build
 from fedlr.config import from_json
+from fedlr.doctor.checkup import quick
 from fedlr.errors import LedgerError
 from fedlr.orders import SiteOrder, ledger_path, ledger_source
 from fedlr.planning import ClientPlan, max_joins
@@ -85,6 +86,7 @@ def _resident(order: SiteOrder) -> tuple[Site, ...]:
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     noise = dict(zip(order.clients, order.noise, strict=True))
     workbench = build(from_json(order.config), noise=noise, evaluate=False)
+    quick(workbench)  # here too: the device of this process may be another one
     return tuple(
         _site(workbench, plan, open_ledger(order.ledger(plan.name), order.source(plan.name)))
         for plan in workbench.clients

@@ -81,6 +81,12 @@ class RunError(FedlrError):
     exit_code = 7
 
 
+class DoctorError(FedlrError):
+    """What privacy rests on does not hold on this machine: nothing private may run here."""
+
+    exit_code = 10
+
+
 class BadUpdate(FedlrError):
     """An update from a site fails the server's checks and is not aggregated.
 

@@ -14,6 +14,7 @@ import torch
 
 from fedlr.build import Workbench, build
 from fedlr.config import RunConfig, from_mapping, to_json
+from fedlr.doctor.checkup import quick
 from fedlr.errors import ConfigError, RunError
 from fedlr.orders import SiteOrder, prepare
 from fedlr.report.facts import ClientFacts, RunFacts, check_same, read_facts, write_facts
@@ -111,9 +112,11 @@ def begin(workbench: Workbench, folder: Path, began: float | None = None) -> Ses
 
     Raises:
         RunError: The folder cannot be written.
+        DoctorError: The private step does not do here what it promises.
     """
     began = time.monotonic() if began is None else began
     config = workbench.config
+    quick(workbench)
     write_config(folder, to_json(config))
     facts = facts_of(workbench, f"{folder.parent.name}-{folder.name}-{secrets.token_hex(4)}")
     journal = FileJournal(folder)
@@ -160,6 +163,7 @@ def resume(folder: Path, say: Callable[[str], None] = lambda _: None) -> Session
     try:
         workbench = build(config, say, _noise(facts))
         check_same(facts, facts_of(workbench, facts.run), _FIXED)
+        quick(workbench)
         start = journal.checkpoint(workbench.layout) or _first(workbench)
         order = order_of(folder, config, facts)
         _check_ledgers(config, facts, order, start)

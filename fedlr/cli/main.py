@@ -15,17 +15,23 @@ from fedlr.errors import FedlrError, RunError
 
 VERBS = {
     "simulate": ("fedlr.cli.simulate", "run a simulated federation on this machine"),
+    "plan": ("fedlr.cli.plan", "print noise and ε of a run or a sweep before it is trained"),
     "export": ("fedlr.cli.export", "write the model of a run as others load it"),
     "audit": ("fedlr.cli.audit", "attack a site's private training; bound its ε from below"),
+    "ledger": ("fedlr.cli.ledger", "show, verify, export or mend a data source's ledger"),
     "predict": ("fedlr.cli.predict", "classify texts with the model of a run"),
+    "doctor": ("fedlr.cli.doctor", "check that privacy holds on this machine, model and device"),
 }
 
 _USAGE = """\
 fedlr {version}: federated fine-tuning with private low-rank aggregation
 
 usage: fedlr simulate [overrides]
+       fedlr plan [overrides] [--sizes=<N,N,…>] [--ledgers=<run folder>] [--json]
+       fedlr doctor [overrides] [--json]
        fedlr audit [overrides] [--canaries=<n>] [--confidence=<p>] [--json]
        fedlr export <run folder> [--merge] [--output <folder>]
+       fedlr ledger <action> <file>
        fedlr predict <run folder> "text" … [--json]
 
 verbs:

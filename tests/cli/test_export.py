@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from client.site import Site
 from fedlr.cli.export import load_run
 from fedlr.cli.main import main
 from fedlr.methods.averaging import average
 from fedlr.methods.method import PartKey, Role
 from fedlr.report.records import read_summary
-from fedlr.training.local import LocalTrainer
 from tests.cli.small import simulate
 
 
@@ -31,15 +31,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run that Ctrl-C stopped in its third round, whose result is a mean of two states."""
     calls = iter(range(1000))
-    train = LocalTrainer.train
+    train = Site._run
 
-    def stopped(self: LocalTrainer, *given: Any) -> Any:
+    def stopped(site: Site, *given: Any) -> Any:
         if next(calls) == 5:  # two clients a round
             raise KeyboardInterrupt
-        return train(self, *given)
+        return train(site, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalTrainer, "train", stopped)
+        patch.setattr(Site, "_run", stopped)
         yield simulate(tmp_path_factory.mktemp("part"), "federation.average_rounds=2", status=130)
 
 

