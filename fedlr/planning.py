@@ -9,8 +9,12 @@ from fedlr.config import RunConfig
 from fedlr.data.batching import UnitIndex
 from fedlr.data.dataset import LoadedData
 from fedlr.data.partition import partition
+from fedlr.data.sources import SourceSpec, check_present, load
 from fedlr.errors import ConfigError
+from fedlr.privacy.accounting import Accountant
 from fedlr.privacy.calibration import noise_multiplier
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,35 @@ class ClientPlan:
     declared_size: int
     delta: float
     noise_multiplier: float
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The public numbers of one client: all that its noise and its ε depend on.
+
+    Attributes:
+        name: Stable public identifier.
+        declared_size: N.
+        delta: δ.
+        sample_rate: q = min(1, L/N).
+        noise_multiplier: σ; 0.0 unless ``privacy.mode=dp``.
+    """
+
+    name: str
+    declared_size: int
+    delta: float
+    sample_rate: float
+    noise_multiplier: float
+
+
+def client_name(index: int) -> str:
+    """Return the public identifier of a simulated client.
+
+    Example:
+        >>> client_name(7)
+        'client-007'
+    """
+    return f"client-{index:03d}"
 
 
 def max_joins(config: RunConfig) -> int:
@@ -55,11 +88,35 @@ def declared_size(count: int) -> int:
     return count // unit * unit
 
 
+def client_units(config: RunConfig, data: LoadedData) -> list[UnitIndex]:
+    """Split the training rows over the clients with the public seed, in client order."""
+    unit, part = config.privacy.unit, config.partition
+    clients = config.federation.clients
+    rows_of = partition(data.train, part.kind, clients, config.seed, part.alpha, unit)
+    return [UnitIndex.of(data.train.users, rows, unit) for rows in rows_of]
+
+
+def read_sizes(config: RunConfig, spec: SourceSpec, say: Say = lambda _: None) -> tuple[int, ...]:
+    """Return the number of units of every simulated client; no model is loaded.
+
+    Args:
+        config: The run.
+        spec: Its data source.
+        say: Told what is being done.
+
+    Raises:
+        DataError, ConfigError: The data cannot be read, or not be split so.
+    """
+    check_present(spec)
+    say("reading the data")
+    return tuple(units.count for units in client_units(config, load(spec)))
+
+
 def plan_clients(
     config: RunConfig,
     data: LoadedData,
     noise: Mapping[str, float] | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = lambda _: None,
 ) -> tuple[ClientPlan, ...]:
     """Split the training rows over the clients and calibrate each one's noise.
 
@@ -73,56 +130,63 @@ def plan_clients(
     Raises:
         ConfigError: δ ≥ 1/N for a client, or an ε that no noise reaches.
     """
-    unit = config.privacy.unit
-    parts = partition(
-        data.train,
-        config.partition.kind,
-        config.federation.clients,
-        config.seed,
-        config.partition.alpha,
-        unit,
+    units = client_units(config, data)
+    terms = plan_sizes(config, [part.count for part in units], noise, say)
+    return tuple(
+        ClientPlan(term.name, part, term.declared_size, term.delta, term.noise_multiplier)
+        for term, part in zip(terms, units, strict=True)
     )
-    plans = []
-    for index, rows in enumerate(parts):
-        units = UnitIndex.of(data.train.users, rows, unit)
-        declared = declared_size(units.count)
+
+
+def plan_sizes(
+    config: RunConfig,
+    sizes: Sequence[int],
+    noise: Mapping[str, float] | None = None,
+    say: Say = lambda _: None,
+) -> tuple[Terms, ...]:
+    """Return the public numbers of clients of ``sizes`` units; else as `plan_clients`."""
+    terms = []
+    for index, count in enumerate(sizes):
+        declared = declared_size(count)
         size = max(1, declared)
         delta = config.privacy.delta or min(1e-5, 1 / (10 * size))
-        plans.append(ClientPlan(f"client-{index:03d}", units, declared, delta, 0.0))
+        rate = min(1.0, config.optimizer.expected_batch / size)
+        terms.append(Terms(client_name(index), declared, delta, rate, 0.0))
     if config.privacy.mode != "dp":
-        return tuple(plans)
-    _check_delta(plans)
+        return tuple(terms)
+    _check_delta(terms)
     if noise is not None:
-        return tuple(replace(plan, noise_multiplier=noise[plan.name]) for plan in plans)
-    distinct = len({(plan.declared_size, plan.delta) for plan in plans})
-    say(f"calibrating the noise of {len(plans)} clients ({distinct} different sizes)")
-    return tuple(replace(plan, noise_multiplier=_sigma(config, plan)) for plan in plans)
+        return tuple(replace(term, noise_multiplier=noise[term.name]) for term in terms)
+    distinct = len({(term.declared_size, term.delta) for term in terms})
+    say(f"calibrating the noise of {len(terms)} clients ({distinct} different sizes)")
+    privacy, steps = config.privacy, config.optimizer.steps * max_joins(config)
+
+    def sigma(term: Terms) -> float:
+        return calibrate(privacy.epsilon, term.delta, term.sample_rate, steps, privacy.accountant)
+
+    return tuple(replace(term, noise_multiplier=sigma(term)) for term in terms)
 
 
-def _check_delta(plans: Sequence[ClientPlan]) -> None:
+def _check_delta(terms: Sequence[Terms]) -> None:
     """Raise ConfigError unless δ < 1/N everywhere; the largest client is the one to fit."""
-    sized = [plan for plan in plans if plan.declared_size > 1]
-    broken = [plan for plan in sized if plan.delta >= 1 / plan.declared_size]
+    sized = [term for term in terms if term.declared_size > 1]
+    broken = [term for term in sized if term.delta >= 1 / term.declared_size]
     if broken:
-        worst = max(broken, key=lambda plan: plan.declared_size)
+        worst = max(broken, key=lambda term: term.declared_size)
         raise ConfigError(
             [
                 f"privacy.delta = {worst.delta} must be < 1/N = {1 / worst.declared_size:.3g} of "
-                f"{worst.name} with N = {worst.declared_size} ({len(broken)} of {len(plans)} "
+                f"{worst.name} with N = {worst.declared_size} ({len(broken)} of {len(terms)} "
                 "clients are too large for it); lower it, or set it to null"
             ]
         )
 
 
-def _sigma(config: RunConfig, plan: ClientPlan) -> float:
-    rate = min(1.0, config.optimizer.expected_batch / max(1, plan.declared_size))
+def calibrate(
+    epsilon: float, delta: float, rate: float, steps: int, accountant: Accountant = "prv"
+) -> float:
+    """Return σ for ``steps`` releases at q = ``rate``; ConfigError where ε is out of reach."""
     try:
-        return noise_multiplier(
-            config.privacy.epsilon,
-            plan.delta,
-            rate,
-            config.optimizer.steps * max_joins(config),
-            config.privacy.accountant,
-        )
+        return noise_multiplier(epsilon, delta, rate, steps, accountant)
     except ValueError as error:
-        raise ConfigError([f"privacy.epsilon = {config.privacy.epsilon}: {error}"]) from error
+        raise ConfigError([f"privacy.epsilon = {epsilon}: {error}"]) from error

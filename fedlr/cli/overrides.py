@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedlr.config import setting_names
@@ -51,6 +52,33 @@ def sort_out(
         else:
             problems.append(problem)
     return good, problems
+
+
+MOST_VALUES = 1000
+"""Values of one override that `spread` goes through; no sweep is planned with as many."""
+
+
+def spread(words: Sequence[str]) -> Iterator[list[str]]:
+    """Yield one list of overrides per combination of a sweep, the last word varying fastest.
+
+    Several values are written as Hydra's sweeps are: ``privacy.epsilon=1,3``, or
+    ``seed=range(0,3)``. Words that cannot be read stay as they are, for `sort_out`.
+    """
+    yield from map(list, itertools.product(*map(_values, words)))
+
+
+def _values(word: str) -> list[str]:
+    """Return a word with each of its values, at most `MOST_VALUES` of them."""
+    from hydra.errors import HydraException
+
+    override, _ = _parse(word.lstrip("+"))
+    if override is None or not override.is_sweep_override():
+        return [word]
+    try:
+        values = list(itertools.islice(override.sweep_string_iterator(), MOST_VALUES))
+    except HydraException:  # an interval, or a pattern: no list of values
+        return [word]
+    return [f"{word.partition('=')[0]}={value}" for value in values]
 
 
 def _parse(word: str) -> tuple[Override | None, str | None]:

@@ -1,6 +1,8 @@
 """Events → ε: numerical composition (PRV), with Rényi accounting where that fails.
 
-Both accountants are those of Opacus; this file decides when to believe them.
+The random variables and the divergences of whole order are Opacus's. Composition is one
+product of spectra here, and fractional orders one sum, so that a history of a hundred
+mechanisms costs about a second. This file also decides when to believe the result.
 """
 
 from __future__ import annotations
@@ -10,20 +12,30 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from fedlr import checks
 from fedlr.errors import LedgerError
 from fedlr.privacy.events import Release, merge
+
+if TYPE_CHECKING:
+    from opacus.accountants.analysis.prv import Domain
+
+Floats = npt.NDArray[np.float64]
 
 Accountant = Literal["prv", "rdp"]
 ACCOUNTANTS: tuple[Accountant, ...] = ("prv", "rdp")
 
 EPSILON_ERROR = 0.001
 """Discretisation error of PRV, added to the returned upper bound."""
+
+MOST_MECHANISMS = 128
+"""Different mechanisms composed as they are; more are first rounded to the unsafe side."""
 
 _LARGEST_EPSILON_ERROR = 0.1
 _MESH_POINTS = 2**22
@@ -32,23 +44,40 @@ _TOTAL_MESH_POINTS = 2**24
 _LARGEST_DOMAIN = 300.0
 # Opacus's series for fractional orders does not end where σ² underflows.
 _SMALLEST_NOISE_MULTIPLIER = 0.01
-_EXTRA_ORDERS = (80, 96, 128, 192, 256, 512)
+# Of Rényi divergence: any set gives a bound.
+_FRACTIONAL_ORDERS = tuple(order / 10 for order in range(11, 110) if order % 10)
+_INTEGER_ORDERS = (*range(2, 64), 80, 96, 128, 192, 256, 512)
+_ORDERS = (*_FRACTIONAL_ORDERS, *_INTEGER_ORDERS)
 
 # warnings.catch_warnings is process-wide state, and equal requests should wait for the cache.
 _LOCK = threading.Lock()
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a history costs.
+
+    Attributes:
+        epsilon: Upper bound on ε.
+        accountant: Which accountant gave it: ``"rdp"`` although ``"prv"`` was asked for
+            where PRV failed or was larger.
+    """
+
+    epsilon: float
+    accountant: Accountant
+
+
 def epsilon(events: Sequence[Release], delta: float, accountant: Accountant = "prv") -> float:
     """Return an upper bound on the ε of everything in ``events``, composed adaptively.
 
-    ``"prv"`` composes privacy loss random variables by FFT and returns the
-    *upper* end of Opacus's interval (its estimate plus discretisation error
-    0.001, and δ reduced by the δ error δ/1000). The mesh is bounded to 2²²
-    points per event, so for long or very unprivate histories the added error
-    grows above 0.001, to 0.1 at most; the value stays an upper bound. The Rényi
-    bound is returned instead where PRV fails, is not finite, would need a
-    coarser mesh than that, contradicts the closed form of a single step (so is
-    no bound at all), or is simply larger.
+    ``"prv"`` composes privacy loss random variables by FFT and returns the *upper*
+    end of the interval that discretisation leaves (the estimate plus its error 0.001,
+    and δ reduced by the δ error δ/1000). The mesh is bounded to 2²² points per
+    mechanism and 2²⁴ in all, so for long or very unprivate histories, and those of
+    many mechanisms, the added error grows above 0.001, to 0.1 at most; the value
+    stays an upper bound. The Rényi bound is returned instead where PRV fails, is not
+    finite, would need a coarser mesh than that, contradicts the closed form of a
+    single step (so is no bound at all), or is simply larger.
 
     Args:
         events: Any number of events, in any order; equal mechanisms are merged
@@ -68,7 +97,9 @@ def epsilon(events: Sequence[Release], delta: float, accountant: Accountant = "p
 
     Guarantees:
         Pure and deterministic; safe to call from several threads; results are
-        cached by merged history.
+        cached by merged history. A history of more than 128 different mechanisms
+        is replaced by one that it can be computed from (`_coarsen`), so the time
+        is bounded, and ε is never below that of the history itself.
 
     Example:
         >>> epsilon([], delta=1e-5)
@@ -81,6 +112,11 @@ def epsilon(events: Sequence[Release], delta: float, accountant: Accountant = "p
         al. 2019 (arXiv 1908.10530), section 3.3; Balle et al. 2020 (arXiv
         1905.09982), theorem 21.
     """
+    return cost(events, delta, accountant).epsilon
+
+
+def cost(events: Sequence[Release], delta: float, accountant: Accountant = "prv") -> Cost:
+    """Return `epsilon` of the same arguments, and which accountant gave it."""
     checks.positive("delta", delta)
     if delta >= 1:
         raise ValueError(f"delta = {delta} must be < 1; at 1 nothing is promised")
@@ -93,26 +129,58 @@ def epsilon(events: Sequence[Release], delta: float, accountant: Accountant = "p
             "keep one ledger and one unit per data source"
         )
     if not history:
-        return 0.0
+        return Cost(0.0, accountant)
     if min(event.noise_multiplier for event in history) < _SMALLEST_NOISE_MULTIPLIER:
-        return math.inf
+        return Cost(math.inf, accountant)
     return _cached(history, float(delta), accountant)
 
 
 @lru_cache(maxsize=4096)
-def _cached(history: tuple[Release, ...], delta: float, accountant: Accountant) -> float:
-    """Return ε of a merged, non-empty history with σ > 0."""
+def _cached(history: tuple[Release, ...], delta: float, accountant: Accountant) -> Cost:
+    """Return the cost of a merged, non-empty history with σ > 0."""
+    history = _coarsen(history)
     with _LOCK, _quiet():
         renyi = _renyi(history, delta)
-        if accountant == "rdp":
-            return renyi
         # Both are upper bounds, so the smaller one is.
-        return min(renyi, _numerical(history, delta))
+        numerical = _numerical(history, delta) if accountant == "prv" else math.inf
+    return Cost(numerical, "prv") if numerical < renyi else Cost(renyi, "rdp")
+
+
+def _coarsen(history: tuple[Release, ...]) -> tuple[Release, ...]:
+    """Return at most `MOST_MECHANISMS` mechanisms from whose output that of ``history`` follows.
+
+    σ is rounded down and q up, on a logarithmic grid as fine as the number allows.
+    That is never too good: more noise can be added to an output; and one of a lower
+    rate q' comes from one of rate q by replacing it, with probability 1 - q'/q, by
+    noise alone. Both maps know nothing of the data.
+    """
+    coarse, step = history, 1e-4
+    while len(coarse) > MOST_MECHANISMS:
+        width = math.log1p(step)
+        coarse = merge(
+            replace(
+                event,
+                noise_multiplier=min(
+                    event.noise_multiplier,
+                    math.exp(math.floor(math.log(event.noise_multiplier) / width) * width),
+                ),
+                sample_rate=min(
+                    max(
+                        event.sample_rate,
+                        math.exp(math.ceil(math.log(event.sample_rate) / width) * width),
+                    ),
+                    1.0,
+                ),
+            )
+            for event in history
+        )
+        step *= 1.3
+    return coarse
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence Opacus: its advice on orders, NumPy's log(0) at q = 1, SciPy's quadrature."""
+    """Silence Opacus: its advice on orders, NumPy's log(0) at q = 1."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         yield
@@ -120,29 +188,64 @@ def _quiet() -> Iterator[None]:
 
 def _renyi(history: tuple[Release, ...], delta: float) -> float:
     """Return the Rényi upper bound on ε, ``inf`` where it cannot be computed."""
-    from opacus.accountants import RDPAccountant
-
-    accountant = RDPAccountant()
-    accountant.history = _triples(history)
-    orders = [*RDPAccountant.DEFAULT_ALPHAS, *_EXTRA_ORDERS]
     try:
-        value = float(accountant.get_epsilon(delta, alphas=orders))
+        total = sum(event.steps * _divergences(*_mechanism(event)) for event in history)
+        return _from_renyi(total, delta)
     except (ArithmeticError, ValueError):
         return math.inf
+
+
+@lru_cache(maxsize=4096)
+def _divergences(sigma: float, rate: float) -> Floats:
+    """Return the Rényi divergence of one step at every order, shape (orders,), read-only.
+
+    Opacus's, but for fractional orders and q < 1: its series takes up to seconds there.
+    """
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    def theirs(orders: tuple[float, ...]) -> Floats:
+        found: Floats = compute_rdp(
+            q=rate, noise_multiplier=sigma, steps=1, orders=list(map(float, orders))
+        )
+        return found
+
+    fractional = theirs(_FRACTIONAL_ORDERS) if rate == 1 else _fractional(sigma, rate)
+    found = np.concatenate([fractional, theirs(_INTEGER_ORDERS)])
+    found.setflags(write=False)
+    return found
+
+
+def _fractional(sigma: float, rate: float) -> Floats:
+    """Return log(E[exp(α·Y)])/(α - 1) for every fractional order α, by equal spacing.
+
+    Y is the privacy loss of x ~ N(0, σ²). The integrand is a Gaussian around a point
+    in [0, α] times an analytic function, see `_mean`.
+    """
+    x, width = _nodes(sigma, max(_FRACTIONAL_ORDERS))
+    loss = _loss(x, sigma, rate)
+    base = math.log(width / (sigma * math.sqrt(2 * math.pi))) - (x / sigma) ** 2 / 2
+    moments = [np.logaddexp.reduce(base + order * loss) for order in _FRACTIONAL_ORDERS]
+    found: Floats = np.array(moments) / (np.array(_FRACTIONAL_ORDERS) - 1)
+    # What rounding can have taken away.
+    return found * (1 + 1e-12) + 1e-12
+
+
+def _from_renyi(divergences: Floats | int, delta: float) -> float:
+    """Return ε of the divergences at every order; ``inf`` where that is not a number."""
+    from opacus.accountants.analysis.rdp import get_privacy_spent
+
+    value = float(get_privacy_spent(orders=list(_ORDERS), rdp=divergences, delta=delta)[0])
     return math.inf if math.isnan(value) else max(value, 0.0)
 
 
 def _numerical(history: tuple[Release, ...], delta: float) -> float:
     """Return the PRV upper bound on ε, ``inf`` where it cannot be computed or believed."""
-    from opacus.accountants import PRVAccountant
-
-    accountant = PRVAccountant()
-    accountant.history = _triples(history)
     try:
-        error = _mesh_error(history, delta)
-        if not error <= _LARGEST_EPSILON_ERROR:
+        half_width = _half_width(history, delta / 1000)
+        error = _mesh_error(history, delta / 1000, half_width)
+        if not (half_width < _LARGEST_DOMAIN and error <= _LARGEST_EPSILON_ERROR):
             return math.inf
-        value = float(accountant.get_epsilon(delta, eps_error=error))
+        value = _composed(history, delta, half_width, error)
     except (ArithmeticError, ValueError, RuntimeError, MemoryError):
         return math.inf
     if not math.isfinite(value):
@@ -153,25 +256,116 @@ def _numerical(history: tuple[Release, ...], delta: float) -> float:
     return value
 
 
-def _mesh_error(history: tuple[Release, ...], delta: float) -> float:
-    """Return the PRV error, 0.001 or what the bounded mesh needs; ``inf``: domain too wide."""
-    from opacus.accountants.analysis.prv import (
-        PoissonSubsampledGaussianPRV,
-        compute_safe_domain_size,
-    )
+def _half_width(history: tuple[Release, ...], delta_error: float) -> float:
+    """Return L: the privacy loss, of all and of each step, is in [-L, L] but for δ_error.
+
+    Remark 5.6 of Gopi et al. as Opacus reads it, with Rényi bounds.
+    """
+    steps = sum(event.steps for event in history)
+    single = [_divergences(*_mechanism(event)) for event in history]
+    total = sum(event.steps * found for event, found in zip(history, single, strict=True))
+    widest = max(_from_renyi(found, delta_error / (8 * steps)) for found in single)
+    return max(_from_renyi(total, delta_error / 4), widest, EPSILON_ERROR) + 3
+
+
+def _mesh_error(history: tuple[Release, ...], delta_error: float, half_width: float) -> float:
+    """Return the PRV error: 0.001, or what the bounded mesh leaves."""
+    points = min(_MESH_POINTS, _TOTAL_MESH_POINTS // len(history))
+    return max(EPSILON_ERROR, 2 * half_width * _cells(history, delta_error) / points)
+
+
+def _cells(history: tuple[Release, ...], delta_error: float) -> float:
+    """Return how many cells of the mesh make up the error: √(steps·ln(12/δ_error)/2)."""
+    steps = sum(event.steps for event in history)
+    return math.sqrt(steps * math.log(12 / delta_error) / 2)
+
+
+def _composed(history: tuple[Release, ...], delta: float, half_width: float, error: float) -> float:
+    """Return the upper end of PRV's interval for ε.
+
+    Algorithm 1 of Gopi et al.: each step's privacy loss is discretised on one mesh, so
+    that its mean stays what it is, and the discrete ones are convolved, modulo the
+    domain; here as one product of spectra.
+    """
+    from opacus.accountants.analysis.prv.prvs import DiscretePRV
 
     delta_error = delta / 1000
-    variables = [PoissonSubsampledGaussianPRV(e.sample_rate, e.noise_multiplier) for e in history]
-    steps = [event.steps for event in history]
-    half_width = float(
-        compute_safe_domain_size(variables, steps, EPSILON_ERROR, delta_error=delta_error)
-    )
-    if not half_width < _LARGEST_DOMAIN:
-        return math.inf
-    # Opacus's mesh: error / √(steps·ln(12/δ_error)/2), over [-half_width, half_width].
-    meshes_per_error = math.sqrt(sum(steps) * math.log(12 / delta_error) / 2)
-    points = min(_MESH_POINTS, _TOTAL_MESH_POINTS // len(history))
-    return max(EPSILON_ERROR, 2 * half_width * meshes_per_error / points)
+    cell = error / _cells(history, delta_error)
+    domain = _domain(half_width, cell)
+    spectrum: npt.NDArray[np.complex128] | float = 1.0
+    shift, steps = 0.0, 0
+    for event in history:
+        mass = _mass(event, domain)
+        gap = _mean(event) - float(np.dot(domain.ts, mass))
+        if not abs(gap) < cell / 2:
+            raise RuntimeError("the discrete mean differs from the continuous one")
+        spectrum = spectrum * np.fft.rfft(mass) ** event.steps
+        shift, steps = shift + event.steps * gap, steps + event.steps
+    # Zero is in the middle of the mesh, and in that of a sum of `steps` places too far right.
+    middle = domain.size // 2 - 1
+    total = np.roll(np.fft.irfft(spectrum, domain.size), -(steps - 1) * middle % domain.size)
+    found = DiscretePRV(total, domain.shift_right(shift))
+    return float(found.compute_epsilon(delta, delta_error, error)[2])
+
+
+def _domain(half_width: float, cell: float) -> Domain:
+    """Return a mesh over at least ±half_width, of a size that FFT likes, zero in its middle."""
+    from opacus.accountants.analysis.prv import Domain
+
+    size = 2 * math.ceil(half_width / cell) + 2
+    unit = 2 ** max(size.bit_length() - 4, 1)
+    size = -(-size // unit) * unit
+    middle = size // 2 - 1
+    return Domain(-middle * cell, (size - 1 - middle) * cell, size)
+
+
+def _mass(event: Release, domain: Domain) -> Floats:
+    """Return the probabilities of one step's privacy loss by cell, given it is on the mesh."""
+    from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV
+
+    sigma, rate = _mechanism(event)
+    edges = np.append(domain.ts, domain.t_max + domain.dt) - domain.dt / 2
+    edges[0], edges[-1] = domain.t_min, domain.t_max
+    # The loss of a step is at least log(1 - q); below that there is nothing to compute.
+    least = np.searchsorted(edges, math.log1p(-rate)) if rate < 1 else 0
+    below = np.zeros(len(edges))
+    below[least:] = PoissonSubsampledGaussianPRV(rate, sigma).cdf(edges[least:])
+    mass: Floats = np.diff(below) / (below[-1] - below[0])
+    return mass
+
+
+def _mean(event: Release) -> float:
+    """Return the mean of one step's privacy loss.
+
+    That is `_loss` of x ~ (1 - q)·N(0, σ²) + q·N(1, σ²): an analytic function times a
+    Gaussian, for which equal spacing is as exact as float64.
+    """
+    sigma, rate = _mechanism(event)
+    x, width = _nodes(sigma, 1.0)
+    loss = _loss(x, sigma, rate)
+    density = (1 - rate) * np.exp(-((x / sigma) ** 2) / 2)
+    density += rate * np.exp(-(((x - 1) / sigma) ** 2) / 2)
+    return float(np.dot(loss, density) * width / (sigma * math.sqrt(2 * math.pi)))
+
+
+def _nodes(sigma: float, last: float) -> tuple[Floats, float]:
+    """Return equally spaced points that hold every N(μ, σ²) with μ in [0, last], and their gap.
+
+    The loss is analytic within πσ² of the real line, so 1/4 of σ² is close enough.
+    """
+    count = math.ceil((last + 20 * sigma) / min(sigma / 8, sigma**2 / 4))
+    x, width = np.linspace(-10 * sigma, last + 10 * sigma, count, retstep=True)
+    return x, float(width)
+
+
+def _loss(x: Floats, sigma: float, rate: float) -> Floats:
+    """Return the privacy loss of one step with output ``x``: log(1 - q + q·exp((2x - 1)/(2σ²)))."""
+    exponent: Floats = (2 * x - 1) / (2 * sigma**2)
+    if rate == 1:
+        return exponent
+    small = np.log1p(rate * np.expm1(np.minimum(exponent, 30.0)))
+    large = np.logaddexp(math.log1p(-rate), math.log(rate) + exponent)
+    return np.where(exponent < 30.0, small, large)
 
 
 def _single_step_delta(event: Release, epsilon_value: float) -> float:
@@ -191,6 +385,6 @@ def _single_step_delta(event: Release, epsilon_value: float) -> float:
     return (1 - rate) * below + rate * above - math.exp(epsilon_value) * below
 
 
-def _triples(history: tuple[Release, ...]) -> list[tuple[float, float, int]]:
-    """Return Opacus's own history: (σ, q, steps)."""
-    return [(event.noise_multiplier, event.sample_rate, event.steps) for event in history]
+def _mechanism(event: Release) -> tuple[float, float]:
+    """Return (σ, q)."""
+    return event.noise_multiplier, event.sample_rate

@@ -9,6 +9,7 @@ module         content
 `live`         `Progress`, the display while a run goes on (standard error)
 `tables`       the closing table
 `plots`        ``curves.png``
+`plan`         what a run will cost: the records and tables of ``fedlr plan``
 `card`         the model card of an exported folder, its loader included
 `units`        numbers as people read them: kB, min, %, ε rounded up
 =============  ==================================================================
