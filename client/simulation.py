@@ -12,12 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from client.policy import SitePolicy, read_limits, tighten
+from client.policy import Limits, SitePolicy, read_limits, tighten
 from client.site import Site
 from fedlr.build import Workbench, build
-from fedlr.config import from_json
+from fedlr.config import RunConfig, from_json
 from fedlr.doctor.checkup import quick
-from fedlr.errors import LedgerError
+from fedlr.errors import ConfigError, LedgerError
 from fedlr.orders import SiteOrder, ledger_path, ledger_source
 from fedlr.planning import ClientPlan, max_joins
 from fedlr.privacy.booking import Booking, History, JobKey, Ledger
@@ -91,6 +91,31 @@ def _resident(order: SiteOrder) -> tuple[Site, ...]:
         _site(workbench, plan, open_ledger(order.ledger(plan.name), order.source(plan.name)))
         for plan in workbench.clients
     )
+
+
+def read_policies(config: RunConfig) -> dict[str, Limits]:
+    """Return what the operators of simulated sites allow, by client.
+
+    Raises:
+        ConfigError: ``privacy.policies`` is no folder, or a file in it is wrong; all
+            problems at once.
+    """
+    if config.privacy.policies is None:
+        return {}
+    folder = Path(config.privacy.policies).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            [f"privacy.policies = {str(folder)!r} is no folder; give one with <client>.toml files"]
+        )
+    found, problems = {}, list[str]()
+    for path in sorted(folder.glob("*.toml")):
+        try:
+            found[path.stem] = read_limits(path)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return found
 
 
 def open_ledger(path: Path, source_id: str) -> Ledger:
@@ -181,10 +206,8 @@ def _policy(workbench: Workbench, plan: ClientPlan) -> SitePolicy:
         accountant=config.privacy.accountant,
         public_seed=config.seed,
     )
-    if config.privacy.policies is None:
-        return policy
-    path = Path(config.privacy.policies) / f"{plan.name}.toml"
-    return tighten(policy, read_limits(path)) if path.exists() else policy
+    limits = read_policies(config).get(plan.name)
+    return policy if limits is None else tighten(policy, limits)
 
 
 def _ledger(folder: Path, client: str, run: str | None, resumed: bool) -> Ledger:

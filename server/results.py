@@ -22,6 +22,14 @@ from server.outcome import Checkpoint, Outcome
 
 SUMMARY = "summary.json"
 
+BOUNDS = {
+    "budget": "the round would have exceeded its ε",
+    "run_budget": "the round would have exceeded its ε for one run",
+    "month_budget": "the round would have exceeded its ε for thirty days",
+    "max_joins": "it had joined as often as its noise allows",
+}
+"""Codes of sites that stop because they have given what they may, in words."""
+
 
 def so_far(checkpoint: Checkpoint) -> Outcome:
     """Return what an interrupted run has reached; nothing is measured for it."""
@@ -113,7 +121,21 @@ def summarise(config: RunConfig, facts: RunFacts, outcome: Outcome, wall_s: floa
         epsilon_max=max(client.epsilon or 0.0 for client in clients) if private else None,
         epsilon_budget=config.privacy.epsilon if mode == "dp" else None,
         delta=max(client.delta for client in facts.clients) if private else None,
-        notices=(*facts.notices, *outcome.notices, *stopped),
+        notices=(*facts.notices, *outcome.notices, *_spent_out(outcome), *stopped),
+    )
+
+
+def _spent_out(outcome: Outcome) -> tuple[str, ...]:
+    """Return a sentence for every client that stopped because a bound of its own was reached."""
+    first: dict[str, tuple[int, str]] = {}
+    for record in outcome.records:
+        for refusal in record.refused:
+            if refusal.code in BOUNDS:
+                first.setdefault(refusal.client, (record.round, refusal.code))
+    return tuple(
+        f"{client} took part in {outcome.joins.get(client, 0)} rounds and stopped before round "
+        f"{number}: {BOUNDS[code]} ({code})."
+        for client, (number, code) in sorted(first.items())
     )
 
 

@@ -85,7 +85,7 @@ def simulate(config: RunConfig) -> Path:
     began = time.monotonic()
     output = output_folder(config.output)
     check_output(output, config.name)
-    _check_engine(config)
+    _check_early(config)
     workbench = build(config, _say)
     folder = create_run_folder(output, config.name, datetime.now())
     return _complete(begin(workbench, folder, began))
@@ -172,8 +172,12 @@ def _complete(session: Session) -> Path:
     return folder
 
 
-def _check_engine(config: RunConfig) -> None:
-    """Raise RunError now where the engine is not installed."""
+def _check_early(config: RunConfig) -> None:
+    """Raise now where the engine is not installed, or an operator's policy is wrong."""
+    if config.privacy.policies is not None:
+        from client.simulation import read_policies
+
+        read_policies(config)
     if config.federation.engine == "ray":
         from server.simulation import check_ray
 

@@ -1,0 +1,77 @@
+"""Six operators, six budgets: everyone stops in time, and the run ends with a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedlr.cli.main import main
+from fedlr.privacy.accounting import epsilon
+from fedlr.privacy.events import Release
+from fedlr.privacy.ledger import SqliteLedger
+from fedlr.report.records import read_rounds, read_summary
+from tests.cli.small import simulate
+
+WORDS = ("federation.clients=6", "federation.clients_per_round=6", "federation.rounds=8")
+
+
+def booked(run: Path, client: str) -> tuple[Release, ...]:
+    ledger = SqliteLedger(run / "ledgers" / f"{client}.sqlite")
+    spent = ledger.spent()
+    ledger.close()
+    return spent
+
+
+def test_budgets_that_end_at_different_rounds(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The k-th site may spend what k + 1 rounds cost; the second of them by the run's bound."""
+    first = tmp_path / "first"
+    first.mkdir()
+    run = simulate(first, *WORDS)
+    (event,) = booked(run, "client-000")
+    delta = read_summary(run / "summary.json").delta
+    assert delta is not None
+    one = Release(event.noise_multiplier, event.sample_rate, event.steps // 8, event.unit)
+    cost = [epsilon([one] * rounds, delta, "rdp") for rounds in range(8)]
+    second = tmp_path / "second"
+    policies = second / "policies"
+    policies.mkdir(parents=True)
+    for index in range(6):
+        name = "epsilon_per_run" if index == 1 else "epsilon_total"
+        text = f"[budget]\n{name} = {cost[index + 1] * (1 + 1e-9)!r}\n"
+        (policies / f"client-{index:03d}.toml").write_text(text)
+    capfd.readouterr()
+    run = simulate(second, *WORDS, f"privacy.policies={policies}")
+    out = capfd.readouterr().out
+    summary = read_summary(run / "summary.json")
+    assert [client.joins for client in summary.clients] == [1, 2, 3, 4, 5, 6]
+    assert summary.rounds == 6
+    for index, client in enumerate(summary.clients):
+        spent = booked(run, client.client)
+        assert client.epsilon == epsilon(spent, delta, "rdp") <= cost[index + 1] * (1 + 1e-9)
+        code = "run_budget" if index == 1 else "budget"
+        text = f"client-{index:03d} took part in {index + 1} rounds and stopped before round"
+        (notice,) = (line for line in summary.notices if line.startswith(text))
+        assert notice.endswith(f"round {index + 2}: {notice.split(': ')[1]}")
+        assert f"({code})" in notice
+    rounds = read_rounds(run / "rounds.jsonl")
+    assert [record.accepted for record in rounds] == [6, 5, 4, 3, 2, 1, 0]
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    assert "stopped before round 2" in " ".join(out.split())
+
+
+def test_a_policy_that_does_not_fit_is_a_sentence_before_anything_is_spent(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies" / "client-001.toml").write_text("[budget]\nepsilon = 3\n")
+    assert main(["simulate", "debug=tiny", "privacy.policies=policies"]) == 2
+    said = capfd.readouterr().err
+    assert "client-001.toml: there is no budget.epsilon" in said
+    assert "Traceback" not in said
+    assert main(["simulate", "debug=tiny", "privacy.policies=absent"]) == 2
+    assert "privacy.policies = 'absent'" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["policies"]
