@@ -202,6 +202,7 @@ def local_settings(config: RunConfig) -> LocalSettings:
         steps=optimizer.steps,
         physical_batch=kernels.physical_batch,
         gradients=kernels.gradients,
+        rows_per_user=config.privacy.rows_per_user,
     )
 
 

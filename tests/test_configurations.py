@@ -49,6 +49,7 @@ CASES: Mapping[str, Case] = {
     "data=stdlib": PLAIN,
     "debug=tiny": ON_ROWS,
     "experiment=sst2": Case((ROWS,)),
+    "experiment=swda": Case((ROWS, "data.user_column=who")),
     "federation=local": ON_ROWS,
     "federation=ray": Case(skip="runs outside this process: covered by its own parity test"),
     "kernels=auto": ON_ROWS,
@@ -106,7 +107,7 @@ def test_every_file_has_a_decision() -> None:
     assert sorted(FOUND) == sorted(CASES)
     skipped = {choice: case.skip for choice, case in CASES.items() if case.skip}
     assert sorted(skipped) == ["data=hub", "federation=ray"]
-    assert (len(FOUND), len(FOUND) - len(skipped)) == (31, 29)
+    assert (len(FOUND), len(FOUND) - len(skipped)) == (32, 30)
 
 
 @pytest.mark.parametrize("choice", FOUND)

@@ -327,3 +327,46 @@ class UnitIndex:
         unit_index = np.repeat(np.arange(len(units)), sizes)
         within = np.arange(len(unit_index)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         return self.rows[np.repeat(starts, sizes) + within], unit_index
+
+
+def keep_at_most(
+    rows: Rows, unit_index: Integers, limit: int, uniform: npt.NDArray[np.float64]
+) -> tuple[Rows, Integers]:
+    """Keep at most ``limit`` rows of each drawn unit, chosen uniformly without replacement.
+
+    Floyd's algorithm (Bentley and Floyd 1987, doi 10.1145/30401.315746), all units at once.
+
+    Args:
+        rows: Rows of k drawn units, shape (n,), int64.
+        unit_index: Unit of each of them, 0 … k - 1, ascending, shape (n,), int64:
+            both as `UnitIndex.rows_of` returns them.
+        limit: m ≥ 1.
+        uniform: Independent uniforms in [0, 1), shape (k, m), float64; a unit of at
+            most m rows does not read its own.
+
+    Returns:
+        (rows, unit_index) of what is kept, in the given order: min(m, size) rows of
+        every unit, each subset of that many equally likely.
+
+    Guarantees:
+        What is kept of unit u depends on the rows of unit u and on ``uniform[u]``
+        alone, so that other units cannot notice it.
+
+    Example:
+        >>> keep_at_most(np.array([7, 8, 9, 4]), np.array([0, 0, 0, 1]), 1, np.array([[0.5], [0]]))
+        (array([8, 4]), array([0, 1]))
+    """
+    checks.at_least("limit", limit, 1)
+    checks.same_shape("uniform", uniform.shape[1:], (limit,))
+    sizes = np.bincount(unit_index, minlength=len(uniform))
+    starts = np.cumsum(sizes) - sizes
+    large = sizes > limit
+    chosen = np.empty((int(large.sum()), limit), dtype=np.int64)  # positions within a unit
+    for place in range(limit):
+        last = sizes[large] - limit + place  # positions 0 … last are open to this draw
+        drawn = (uniform[large, place] * (last + 1)).astype(np.int64)
+        taken = (chosen[:, :place] == drawn[:, None]).any(axis=1)
+        chosen[:, place] = np.where(taken, last, drawn)
+    keep = ~large[unit_index]
+    keep[starts[large][:, None] + chosen] = True
+    return rows[keep], unit_index[keep]

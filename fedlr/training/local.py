@@ -12,12 +12,20 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from fedlr import checks
 from fedlr.adapters.surgery import AdaptedModel
-from fedlr.data.batching import Batch, TokenisedDataset, UnitIndex, physical_positions
+from fedlr.data.batching import (
+    Batch,
+    Integers,
+    TokenisedDataset,
+    UnitIndex,
+    keep_at_most,
+    physical_positions,
+)
 from fedlr.methods.method import MODEL_ROLES, PartKey, Parts, Role
 from fedlr.privacy.dpsgd import ClippedSum, Mechanism, private_gradient
 from fedlr.privacy.gradients import GRADIENTS, UnitGradients
@@ -44,6 +52,8 @@ class LocalSettings:
         steps: Optimiser steps of a round.
         physical_batch: Rows of one forward pass; changes no result.
         gradients: Implementation of per-unit gradients, a key of `GRADIENTS`.
+        rows_per_user: Rows of one unit that a step uses at most, chosen anew in each
+            step (`draw_rows`); None uses all.
     """
 
     optimizer: Literal["sgd", "adam"]
@@ -53,6 +63,7 @@ class LocalSettings:
     steps: int
     physical_batch: int
     gradients: str = "captured"
+    rows_per_user: int | None = None
 
     def __post_init__(self) -> None:
         checks.positive("learning_rate", self.learning_rate)
@@ -61,6 +72,8 @@ class LocalSettings:
         checks.at_least("steps", self.steps, 1)
         checks.at_least("physical_batch", self.physical_batch, 1)
         checks.one_of("gradients", self.gradients, tuple(GRADIENTS))
+        if self.rows_per_user is not None:
+            checks.at_least("rows_per_user", self.rows_per_user, 1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ class LocalTask:
         train: Roles that train.
         sample_rate: q, probability of each unit in each step.
         mechanism: Clip, noise and divisor; None trains plainly (privacy off).
-        sampling: Stream of the Poisson draws.
+        sampling: Stream of the Poisson draws and of the choice of rows.
         noise: Stream of the noise.
     """
 
@@ -84,6 +97,46 @@ class LocalTask:
     mechanism: Mechanism | None
     sampling: Stream
     noise: Stream
+
+
+def draw_rows(
+    task: LocalTask, units: UnitIndex, rows_per_user: int | None
+) -> tuple[Integers, Integers]:
+    """Draw the units of one step, and of each of them the rows that stand for it.
+
+    The gradient of a unit is the *sum* over its chosen rows, clipped to C; it is not
+    divided by their number, nor scaled up for rows left out. A cap costs no privacy and
+    credits none: whichever rows stand for a unit, they are clipped as one, so the unit
+    moves the sum by at most C. The choice reads no other unit, so that for any fixed
+    choice of rows neighbours differ in one term, and the step is a mixture, with weights
+    that are the same for both, of the mechanisms that the accountant knows.
+
+    Args:
+        task: Its rate and its sampling stream.
+        units: The client's rows by unit.
+        rows_per_user: m, most rows of one unit; None takes all and leaves the stream
+            to the Poisson draws alone.
+
+    Returns:
+        (rows, unit_index) as `UnitIndex.rows_of`; both empty for an empty draw.
+
+    Guarantees:
+        The stream is read by the same amount for the same units drawn, however many
+        rows they have.
+    """
+    drawn = task.sampling.poisson_sample(units.count, task.sample_rate)
+    rows, unit_index = units.rows_of(drawn)
+    if rows_per_user is None:
+        return rows, unit_index
+    uniform = _uniform(task.sampling, len(drawn) * rows_per_user)
+    return keep_at_most(rows, unit_index, rows_per_user, uniform.reshape(-1, rows_per_user))
+
+
+def _uniform(stream: Stream, count: int) -> npt.NDArray[np.float64]:
+    """Return uniforms in [0, 1) of 32 bits, each bit a unit drawn at rate ½."""
+    bits = np.zeros(32 * count, dtype=np.uint8)
+    bits[stream.poisson_sample(len(bits), 0.5)] = 1
+    return np.packbits(bits).view(">u4") * 2.0**-32
 
 
 class LocalTrainer:
@@ -181,7 +234,7 @@ class LocalTrainer:
         gradients = GRADIENTS[self.settings.gradients](self._classifier, trained)
         optimizer = self._optimizer(trained)
         for _ in range(self.settings.steps):
-            drawn = units.rows_of(task.sampling.poisson_sample(units.count, task.sample_rate))
+            drawn = draw_rows(task, units, self.settings.rows_per_user)
             if task.mechanism is None:
                 direction = self._plain_gradient(trained, *drawn)
             else:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import math
+from collections import Counter
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,19 +12,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlr.data import files
 from fedlr.data.batching import (
     TokenisedDataset,
     UnitIndex,
+    keep_at_most,
     physical_batches,
     physical_positions,
     tokenise,
 )
 from fedlr.data.dataset import TextDataset
+from fedlr.data.partition import partition
 from fedlr.errors import ConfigError, DataError
-from tests.data.helpers import word_tokenizer
+from tests.data.helpers import spec, word_tokenizer
 
 TEXTS = ("a b c", "d", "e e e e")
 PAIRS = ("d e", "a", "b")
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def tokenised(pairs: tuple[str, ...] | None = None, max_length: int = 32) -> TokenisedDataset:
@@ -241,3 +249,79 @@ def test_units_outside_the_client_are_refused() -> None:
 def test_unit_user_needs_users() -> None:
     with pytest.raises(DataError, match=r"privacy\.unit=user needs a user per row"):
         UnitIndex.of(None, np.arange(2), "user")
+
+
+@given(
+    st.lists(st.integers(0, 7), max_size=6),
+    st.integers(1, 4),
+    st.lists(st.floats(0, 1, exclude_max=True), min_size=24, max_size=24),
+)
+def test_at_most_so_many_rows_of_a_unit_are_kept(
+    sizes: list[int], limit: int, draws: list[float]
+) -> None:
+    """Each row is its own number, so order and repetition show."""
+    rows = np.arange(sum(sizes))
+    unit_index = np.repeat(np.arange(len(sizes)), sizes)
+    uniform = np.array(draws)[: len(sizes) * limit].reshape(len(sizes), limit)
+    kept, kept_index = keep_at_most(rows, unit_index, limit, uniform)
+    assert (np.diff(kept) > 0).all()
+    assert np.array_equal(kept_index, unit_index[kept])
+    counts = np.bincount(kept_index, minlength=len(sizes)).tolist()
+    assert counts == [min(size, limit) for size in sizes]
+
+
+@pytest.mark.parametrize(("size", "limit"), [(5, 1), (5, 2), (6, 3), (4, 3)])
+def test_every_subset_of_the_rows_is_equally_likely(size: int, limit: int) -> None:
+    """Draw j has size − limit + 1 + j equal outcomes: all combinations of them, once each."""
+    outcomes = [np.arange(size - limit + 1 + j) for j in range(limit)]
+    grid = [(np.array(axis) + 0.5) / len(axis) for axis in outcomes]
+    found = Counter(
+        tuple(keep_at_most(np.arange(size), np.zeros(size, int), limit, np.array([point]))[0])
+        for point in product(*grid)
+    )
+    subsets = math.comb(size, limit)
+    assert len(found) == subsets
+    assert set(found.values()) == {math.prod(map(len, grid)) // subsets}
+
+
+def test_what_is_kept_of_a_unit_depends_on_that_unit_alone() -> None:
+    """Another unit gains, loses or has no row; one is gone with its uniforms."""
+    uniform = np.random.default_rng(0).random((3, 2))
+
+    def of_unit(unit: int, sizes: list[int], draws: Any) -> list[int]:
+        starts = np.cumsum([0, *sizes])
+        rows = np.arange(starts[-1])
+        kept, index = keep_at_most(rows, np.repeat(np.arange(len(sizes)), sizes), 2, draws)
+        return (kept[index == unit] - starts[unit]).tolist()
+
+    expected = of_unit(2, [4, 5, 6], uniform)
+    for other in ([3, 5, 6], [9, 5, 6], [4, 1, 6], [0, 0, 6]):
+        assert of_unit(2, other, uniform) == expected
+    assert of_unit(1, [4, 6], uniform[[0, 2]]) == expected
+
+
+def test_a_cap_below_one_and_uniforms_of_another_shape_are_refused() -> None:
+    nothing = np.array([], dtype=np.int64)
+    with pytest.raises(ValueError, match="limit = 0 must be ≥ 1"):
+        keep_at_most(nothing, nothing, 0, np.empty((0, 0)))
+    with pytest.raises(ValueError, match="uniform"):
+        keep_at_most(nothing, nothing, 2, np.empty((0, 3)))
+
+
+@pytest.mark.parametrize("clients", [1, 6])
+def test_callers_of_the_shared_data_are_units_with_a_cap(clients: int) -> None:
+    """166 callers of 18 to 2,590 rows, by the README beside the data: all have 16."""
+    if not (SHARED / "swda").is_dir():
+        pytest.skip("the swda data are not beside the checkout")
+    train = files.load(spec(path=str(SHARED / "swda"), user_column="user")).train
+    sites = partition(train, "natural", clients, 0, unit="user")
+    units = [UnitIndex.of(train.users, rows, "user") for rows in sites]
+    assert sum(one.count for one in units) == 166
+    assert max(one.count for one in units) == math.ceil(166 / clients)
+    for one in units:
+        everything = one.rows_of(np.arange(one.count))
+        assert np.bincount(everything[1]).min() >= 18
+        uniform = np.random.default_rng(0).random((one.count, 16))
+        rows, unit_index = keep_at_most(*everything, 16, uniform)
+        assert np.bincount(unit_index).tolist() == [16] * one.count
+        assert len(set(rows.tolist())) == len(rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from fedlr.data.batching import UnitIndex
 from fedlr.methods.method import PartKey, Role
 from fedlr.privacy.dpsgd import ClippedSum, Mechanism, clip_groups
 from fedlr.privacy.noise import public_stream
-from fedlr.training.local import LocalTask, LocalTrainer
+from fedlr.training.local import LocalTask, LocalTrainer, draw_rows
 from tests.models import LONGEST, MOVABLE, VOCABULARY, Tiny, rows, tiny
 
 PAIRS = 50
@@ -41,18 +42,26 @@ def client(units: list[int]) -> UnitIndex:
     )
 
 
-def clipped_sum(
-    trainer: LocalTrainer, model: Mapping[PartKey, Tensor], one: Mechanism, units: UnitIndex
-) -> dict[PartKey, Tensor]:
-    task = LocalTask(
+def everything(model: Mapping[PartKey, Tensor], one: Mechanism, label: int = 0) -> LocalTask:
+    """A step that draws every unit; ``label`` decides the choice of rows."""
+    return LocalTask(
         parts=model,
         train=frozenset(key.role for key in one.keys),
         sample_rate=1.0,
         mechanism=one,
-        sampling=public_stream("t"),
+        sampling=public_stream("t", label),
         noise=public_stream("t"),
     )
-    found = trainer.train(task, units)
+
+
+def clipped_sum(
+    trainer: LocalTrainer,
+    model: Mapping[PartKey, Tensor],
+    one: Mechanism,
+    units: UnitIndex,
+    label: int = 0,
+) -> dict[PartKey, Tensor]:
+    found = trainer.train(everything(model, one, label), units)
     return {key: model[key].double() - value.double() for key, value in found.items()}
 
 
@@ -107,14 +116,76 @@ def test_a_unit_moves_the_sum_by_at_most_the_clip(
     assert largest >= 0.99 * clip
 
 
-def test_fifty_neighbours_with_every_array_trained() -> None:
-    """A, B and the head: the clip is over the whole vector of all of them."""
-    model = tiny()
-    trainer, one = model.trainer(DATA, physical_batch=5), mechanism(model, MOVABLE, 1.0, None)
-    found = [norm(moved(trainer, model, one, units, unit)) for units, unit in pairs()]
-    assert len(found) == PAIRS
+def without(units: UnitIndex, removed: int) -> UnitIndex:
+    """The same client without its unit number ``removed``."""
+    kept, unit_index = units.rows_of(np.delete(np.arange(units.count), removed))
+    sizes = np.bincount(unit_index, minlength=units.count - 1)
+    return UnitIndex(kept, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+
+
+def chosen(task: LocalTask, units: UnitIndex, limit: int | None) -> UnitIndex:
+    """The client of the rows that a step of ``task`` uses: a cap leaves all of these."""
+    kept, unit_index = draw_rows(task, units, limit)
+    sizes = np.bincount(unit_index, minlength=units.count)
+    return UnitIndex(kept, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"), [("example", None), ("user", None), ("user", 2)], ids=str
+)
+def test_five_hundred_neighbours_with_every_array_trained(kind: str, limit: int | None) -> None:
+    """A, B and the head in one clip; each mask with every one of its units removed.
+
+    With a cap, neighbours use the same rows of the units that both have, whichever
+    the draw chose: the sensitivity is that of every choice.
+    """
+    model = tiny(layers=1)
+    trainer = model.trainer(DATA, physical_batch=16, rows_per_user=limit)
+    one, parts = mechanism(model, MOVABLE, 1.0, None), model.parts()
+    draws = np.random.default_rng(11)
+    count = len(SIZES) if kind == "user" else len(DATA)
+    found: list[float] = []
+    removed: set[int] = set()
+    while len(found) < 500:
+        mask = np.flatnonzero(draws.random(count) < 0.8).tolist()
+        whole = client(mask) if kind == "user" else units_of_rows(mask)
+        label = len(found)
+        total = clipped_sum(trainer, parts, one, whole, label)
+        used = chosen(everything(parts, one, label), whole, limit)
+        for position, unit in enumerate(mask):
+            less = clipped_sum(trainer, parts, one, without(used, position))
+            found.append(norm({key: total[key] - less[key] for key in total}))
+            removed.add(unit)
+    assert removed == set(range(count))  # the longest example too, and users of 1 to 4 rows
     assert max(found) <= 1 + SLACK
     assert max(found) >= 0.99
+
+
+def units_of_rows(mask: list[int]) -> UnitIndex:
+    """Every row of ``mask`` as a unit of its own."""
+    return UnitIndex.of(None, np.array(mask, dtype=np.int64), "example")
+
+
+def test_choosing_the_rows_of_one_unit_by_those_of_another_would_be_caught() -> None:
+    """What a shared choice costs: the rows of unit 4 change with unit 1, and the sum by 2C."""
+    model = tiny()
+    one, parts = mechanism(model, ROLES, 0.1, None), model.parts()
+    trainer = model.trainer(DATA, rows_per_user=1)
+    pair = client([1, 4])
+
+    def change(rows_of_the_other: UnitIndex) -> float:
+        whole = clipped_sum(trainer, parts, one, chosen(everything(parts, one), pair, 1))
+        less = clipped_sum(trainer, parts, one, rows_of_the_other)
+        return norm({key: whole[key] - less[key] for key in whole})
+
+    kept = without(chosen(everything(parts, one), pair, 1), 0)
+    assert change(kept) <= 0.1 * (1 + SLACK)
+    others = [
+        replace(kept, rows=np.array([row]))
+        for row in range(ENDS[4], ENDS[5])
+        if row not in kept.rows
+    ]
+    assert max(change(other) for other in others) > 0.1 * 1.1
 
 
 def test_an_unclipped_unit_moves_the_sum_by_its_own_gradient() -> None:

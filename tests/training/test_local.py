@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from fedlr.data.batching import UnitIndex
 from fedlr.methods.method import PartKey, Role
 from fedlr.privacy.dpsgd import ClipGroup, Mechanism, clip_groups
 from fedlr.privacy.noise import public_stream, secret_stream
-from fedlr.training.local import LARGEST_HEAD, LARGEST_UPDATE, LocalTask
+from fedlr.training.local import LARGEST_HEAD, LARGEST_UPDATE, LocalTask, draw_rows
 from tests.models import LONGEST, MOVABLE, Tiny, rows, settings, tiny, units_of
 
 B, HEAD, ALL = frozenset({Role.B}), frozenset({Role.B, Role.HEAD}), MOVABLE
@@ -309,6 +310,7 @@ def test_a_round_depends_on_its_own_broadcast_and_on_no_earlier_round() -> None:
         {"steps": 0},
         {"physical_batch": 0},
         {"gradients": "magic"},
+        {"rows_per_user": 0},
     ],
 )
 def test_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
@@ -342,3 +344,55 @@ def test_a_huge_head_is_refused() -> None:
     trainer.check({**parts, key: head}, HEAD)
     with pytest.raises(ValueError, match="head"):
         trainer.check({**parts, key: head * 1.001}, HEAD)
+
+
+def test_without_a_cap_the_stream_is_left_to_the_poisson_draws() -> None:
+    some, twin = task(tiny(), sample_rate=0.5), public_stream("sampling", 1)
+    for _ in range(5):
+        expected = UNITS.rows_of(twin.poisson_sample(UNITS.count, 0.5))
+        assert all(map(np.array_equal, draw_rows(some, UNITS, None), expected))
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_each_subset_of_a_user_s_rows_is_drawn_equally_often_and_afresh(limit: int) -> None:
+    """4000 draws of ``limit`` of five rows: five binomial deviations, √(n·p·(1 − p))."""
+    some, units = task(tiny()), units_of([5, 1])
+    drawn = [tuple(draw_rows(some, units, limit)[0].tolist()) for _ in range(4000)]
+    share = 1 / math.comb(5, limit)
+    counts = [drawn.count((*subset, 5)) for subset in combinations(range(5), limit)]
+    assert sum(counts) == 4000
+    repeats = sum(one == next_one for one, next_one in pairwise(drawn))
+    far = max(abs(count - 4000 * share) for count in [*counts, repeats])
+    assert far < 5 * math.sqrt(4000 * share * (1 - share))
+
+
+def test_the_rows_of_one_user_move_neither_the_rows_of_others_nor_later_draws() -> None:
+    """User 1 has 3, 1 or 9 rows: the masks, and what is used of user 2, stay."""
+    found = []
+    for size in (3, 1, 9):
+        units = units_of([2, size, 4])
+        some = task(tiny(), sample_rate=0.7)
+        steps = [draw_rows(some, units, 2) for _ in range(20)]
+        found.append([(rows[rows >= 2 + size] - size).tolist() for rows, _ in steps])
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_capped_step_is_the_step_of_the_chosen_rows() -> None:
+    """Their gradients are summed and clipped as one unit; the others' rows count for nothing."""
+    model = tiny()
+    rows, _ = draw_rows(task(model), UNITS, 2)
+    expected = by_hand(model, UnitIndex(rows, np.cumsum([0, 1, 2, 2, 1, 2])), HEAD)
+    for size in (1, 3, 64):
+        trainer = tiny().trainer(DATA, physical_batch=size, rows_per_user=2)
+        assert_close(trainer.train(task(model), UNITS), expected)
+
+
+def test_a_cap_that_no_user_exceeds_changes_nothing_and_an_empty_draw_stays_one() -> None:
+    model = tiny()
+    start, capped = model.parts(), model.trainer(DATA, rows_per_user=3)
+    whole = model.trainer(DATA).train(task(model), UNITS)
+    found = capped.train(task(model, parts=start), UNITS)
+    assert all(torch.equal(found[key], whole[key]) for key in whole)
+    for units, rate in ((UNITS, 0.0), (units_of([]), 1.0)):
+        still = capped.train(task(model, parts=start, sample_rate=rate), units)
+        assert all(torch.equal(value, start[key]) for key, value in still.items())
