@@ -42,6 +42,7 @@ def measure(folder: Path, engine: str, clients: int) -> tuple[float, float, int]
     """Return (first round, mean of the later ones, peak memory) in seconds and bytes."""
     folder.mkdir()
     words = ["federation.rounds=3", f"federation={engine}", f"federation.clients={clients}"]
+    words += ["optimizer.steps=1"]  # what engines add is the same for every number of steps
     words += [f"federation.clients_per_round={clients}", "federation.evaluate_every=3"]
     process = subprocess.Popen(
         [sys.executable, "-m", "fedlr.cli.main", "simulate", *words],
