@@ -33,7 +33,7 @@ test: $(STAMP) ## Run the tests that take seconds
 	$(BIN)/python -m pytest
 
 test-all: $(STAMP) ## Run every test, the long statistical ones too
-	$(BIN)/python -m pytest -m "not bench"
+	$(BIN)/python -m pytest -m "not bench" -o faulthandler_timeout=1800
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .
@@ -41,7 +41,7 @@ lint: $(STAMP) ## Check style, format and types
 	$(BIN)/mypy
 
 bench: $(STAMP) ## Run the benchmarks
-	$(BIN)/python -m pytest tests/benchmarks -m bench
+	$(BIN)/python -m pytest tests/benchmarks -m bench -s -o faulthandler_timeout=3600
 
 clean: ## Remove the environment, caches and build output; runs are kept
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -5,7 +5,8 @@ A policy file is TOML, written by the operator and read by nobody else::
 
     client = "hospital-a"
     declared_size = 11000            # N; must be what the run declares for this client
-    unit = "example"                 # or "user"
+    unit = "user"                    # or "example"
+    rows_per_user = 16               # rows of one user that a step uses at most
 
     [budget]
     delta = 1e-6                     # largest δ that a run may promise at
@@ -58,6 +59,8 @@ class SitePolicy:
         public_seed: Seed of Poisson draws where ``mode`` is not ``dp``.
         train: Roles that jobs may train; None allows all.
         bases: sha256 of base weights that jobs may be made for; None allows all.
+        rows_per_user: Rows of one user that a step uses at most; None has no bound of
+            its own.
     """
 
     client: str
@@ -77,6 +80,7 @@ class SitePolicy:
     epsilon_per_month: float | None = None
     train: frozenset[Role] | None = None
     bases: frozenset[str] | None = None
+    rows_per_user: int | None = None
 
     def __post_init__(self) -> None:
         checks.one_of("mode", self.mode, ("dp", "dry", "none"))
@@ -109,7 +113,7 @@ class SitePolicy:
         return None
 
 
-_TOP = ("client", "declared_size", "unit", "budget", "allow")
+_TOP = ("client", "declared_size", "unit", "rows_per_user", "budget", "allow")
 _BUDGET = ("delta", "epsilon_total", "epsilon_per_run", "epsilon_per_month", "max_joins")
 _ALLOW = ("train", "bases")
 
@@ -122,6 +126,7 @@ class Limits:
         client: Whose policy it is.
         declared_size: N.
         unit: Unit of privacy.
+        rows_per_user: Rows of one user that a step uses at most.
         delta: Largest δ.
         epsilon_total: Largest ε over everything in the ledger.
         epsilon_per_run: Largest ε of one run.
@@ -134,6 +139,7 @@ class Limits:
     client: str | None = None
     declared_size: int | None = None
     unit: str | None = None
+    rows_per_user: int | None = None
     delta: float | None = None
     epsilon_total: float | None = None
     epsilon_per_run: float | None = None
@@ -196,6 +202,7 @@ def tighten(policy: SitePolicy, limits: Limits) -> SitePolicy:
         epsilon_per_run=limits.epsilon_per_run,
         epsilon_per_month=limits.epsilon_per_month,
         max_joins=_least(policy.max_joins, limits.max_joins),
+        rows_per_user=limits.rows_per_user,
         train=limits.train,
         bases=limits.bases,
     )
@@ -255,6 +262,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "client": _text,
     "declared_size": _whole,
     "unit": lambda name, value: checks.one_of(name, value, UNITS),
+    "rows_per_user": _whole,
     "delta": lambda name, value: checks.in_range(name, _bound(name, value), 0.0, 0.5),
     "epsilon_total": _bound,
     "epsilon_per_run": _bound,

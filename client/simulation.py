@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -23,6 +24,8 @@ from fedlr.planning import ClientPlan, max_joins
 from fedlr.privacy.booking import Booking, History, JobKey, Ledger
 from fedlr.privacy.events import Release
 from fedlr.privacy.ledger import MemoryLedger, SqliteLedger
+
+_log = logging.getLogger("fedlr.site")
 
 
 class NodeContext(Protocol):
@@ -180,6 +183,8 @@ class UnreachableLedger:
 
 
 def _site(workbench: Workbench, plan: ClientPlan, ledger: Ledger) -> Site:
+    if workbench.config.privacy.mode == "dp":
+        _note_data(workbench, plan, ledger)
     return Site(
         policy=_policy(workbench, plan),
         units=plan.units,
@@ -187,6 +192,18 @@ def _site(workbench: Workbench, plan: ClientPlan, ledger: Ledger) -> Site:
         ledger=ledger,
         provenance=workbench.provenance,
     )
+
+
+def _note_data(workbench: Workbench, plan: ClientPlan, ledger: Ledger) -> None:
+    """Tell the operator if the rows changed; what they had released stays in the ledger."""
+    # A ledger that refuses says so at the first job, with a code.
+    with suppress(LedgerError):
+        if ledger.observe(workbench.data.rows_sha256(plan.units.rows)):
+            _log.warning(
+                "%s: the rows are not those that the ledger saw last; it goes on, and what was "
+                "released of rows that stayed still counts",
+                plan.name,
+            )
 
 
 def _policy(workbench: Workbench, plan: ClientPlan) -> SitePolicy:

@@ -224,6 +224,7 @@ class Site:
             mechanism=mechanism,
             sampling=sampling,
             noise=noise,
+            rows_per_user=self.policy.rows_per_user,
         )
         return self._trainer.train(task, self._units)
 

@@ -89,6 +89,8 @@ class LocalTask:
         mechanism: Clip, noise and divisor; None trains plainly (privacy off).
         sampling: Stream of the Poisson draws and of the choice of rows.
         noise: Stream of the noise.
+        rows_per_user: The site's own bound on rows of one unit in a step, where it is
+            smaller than that of the settings; None has none.
     """
 
     parts: Parts
@@ -97,6 +99,7 @@ class LocalTask:
     mechanism: Mechanism | None
     sampling: Stream
     noise: Stream
+    rows_per_user: int | None = None
 
 
 def draw_rows(
@@ -233,8 +236,10 @@ class LocalTrainer:
             raise ValueError("a private batch was asked from a public stream; use secret_stream()")
         gradients = GRADIENTS[self.settings.gradients](self._classifier, trained)
         optimizer = self._optimizer(trained)
+        bounds = (self.settings.rows_per_user, task.rows_per_user)
+        limit = min((bound for bound in bounds if bound is not None), default=None)
         for _ in range(self.settings.steps):
-            drawn = draw_rows(task, units, self.settings.rows_per_user)
+            drawn = draw_rows(task, units, limit)
             if task.mechanism is None:
                 direction = self._plain_gradient(trained, *drawn)
             else:

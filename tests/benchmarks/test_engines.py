@@ -5,6 +5,7 @@ Parity of the engines is asserted in ``tests/integration/test_engines.py``.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -41,12 +42,13 @@ def memory(process: int) -> int:
 def measure(folder: Path, engine: str, clients: int) -> tuple[float, float, int]:
     """Return (first round, mean of the later ones, peak memory) in seconds and bytes."""
     folder.mkdir()
-    words = ["federation.rounds=3", f"federation={engine}", f"federation.clients={clients}"]
+    words = ["federation.rounds=4", f"federation={engine}", f"federation.clients={clients}"]
     words += ["optimizer.steps=1"]  # what engines add is the same for every number of steps
-    words += [f"federation.clients_per_round={clients}", "federation.evaluate_every=3"]
+    words += [f"federation.clients_per_round={clients}", "federation.evaluate_every=4"]
     process = subprocess.Popen(
         [sys.executable, "-m", "fedlr.cli.main", "simulate", *words],
         cwd=folder,
+        env={name: v for name, v in os.environ.items() if name != "OMP_NUM_THREADS"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -64,7 +66,8 @@ def measure(folder: Path, engine: str, clients: int) -> tuple[float, float, int]
     done.set()
     watcher.join()
     assert process.returncode == 0, said
-    first, *later = (r.wall_s for r in read_rounds(next(folder.rglob("rounds.jsonl"))))
+    # The last round is evaluated, which is the server's work on every engine.
+    first, *later, _ = (r.wall_s for r in read_rounds(next(folder.rglob("rounds.jsonl"))))
     return first, sum(later) / len(later), peak
 
 

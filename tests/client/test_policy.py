@@ -17,6 +17,7 @@ WHOLE = """
 client = "client-000"
 declared_size = 8
 unit = "example"
+rows_per_user = 5
 
 [budget]
 delta = 1e-3
@@ -42,6 +43,7 @@ def test_a_policy_is_read_whole(tmp_path: Path) -> None:
         client="client-000",
         declared_size=8,
         unit="example",
+        rows_per_user=5,
         delta=1e-3,
         epsilon_total=10.0,
         epsilon_per_run=8.0,
@@ -91,8 +93,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("asked", [2.0, 20.0])
 def test_the_smaller_bound_counts(asked: float) -> None:
     run = policy(epsilon=asked, max_joins=3)
-    found = tighten(run, Limits(epsilon_total=10.0, max_joins=4, epsilon_per_run=1.0))
-    assert found == replace(run, epsilon=min(asked, 10.0), max_joins=3, epsilon_per_run=1.0)
+    limits = Limits(epsilon_total=10.0, max_joins=4, epsilon_per_run=1.0, rows_per_user=5)
+    expected = {"epsilon": min(asked, 10.0), "epsilon_per_run": 1.0, "rows_per_user": 5}
+    assert tighten(run, limits) == replace(run, **expected)
     assert tighten(run, Limits()) == run
 
 

@@ -227,6 +227,13 @@ def test_each_budget_stops_the_site_before_the_round(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr("time.time", lambda: now)
 
 
+@pytest.mark.parametrize("bound", [None, 2])
+def test_the_sites_own_bound_on_rows_reaches_its_training(bound: int | None) -> None:
+    one = bench(rows_per_user=bound)
+    one.update()
+    assert [task.rows_per_user for task in one.trainer.tasks] == [bound]
+
+
 def test_a_job_that_the_policy_does_not_allow_books_nothing() -> None:
     for allowed in ({"train": frozenset({Role.B})}, {"bases": frozenset({"other"})}):
         one = bench(**allowed)
