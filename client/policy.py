@@ -178,10 +178,16 @@ def tighten(policy: SitePolicy, limits: Limits) -> SitePolicy:
     """Return ``policy`` with the smaller of each bound.
 
     Raises:
-        ConfigError: The file is another client's, declares another size or unit than the
-            run, or a smaller δ: noise was calibrated for the run's.
+        ConfigError: The run is not private, or the file is another client's, declares
+            another size or unit than the run, or a smaller δ: noise was calibrated for
+            the run's.
     """
     problems = []
+    if policy.mode != "dp":
+        problems.append(
+            f"the policy of {policy.client} allows private training alone, the run has "
+            f"privacy.mode = {policy.mode}; set privacy=dp, or take the file away"
+        )
     for name in ("client", "declared_size", "unit"):
         wanted, found = getattr(limits, name), getattr(policy, name)
         if wanted is not None and wanted != found:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -20,12 +19,10 @@ from fedlr.config import RunConfig, from_json
 from fedlr.doctor.checkup import quick
 from fedlr.errors import ConfigError, LedgerError
 from fedlr.orders import SiteOrder, ledger_path, ledger_source
-from fedlr.planning import ClientPlan, max_joins
+from fedlr.planning import ClientPlan, client_name, max_joins
 from fedlr.privacy.booking import Booking, History, JobKey, Ledger
 from fedlr.privacy.events import Release
 from fedlr.privacy.ledger import MemoryLedger, SqliteLedger
-
-_log = logging.getLogger("fedlr.site")
 
 
 class NodeContext(Protocol):
@@ -111,7 +108,15 @@ def read_policies(config: RunConfig) -> dict[str, Limits]:
             [f"privacy.policies = {str(folder)!r} is no folder; give one with <client>.toml files"]
         )
     found, problems = {}, list[str]()
-    for path in sorted(folder.glob("*.toml")):
+    names = {client_name(index) for index in range(config.federation.clients)}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() == ".toml" and path.stem not in names:
+            problems.append(
+                f"policy {path} is no client's; the clients are {client_name(0)} to "
+                f"{client_name(config.federation.clients - 1)}"
+            )
+        if path.suffix != ".toml":
+            continue
         try:
             found[path.stem] = read_limits(path)
         except ConfigError as error:
@@ -183,8 +188,6 @@ class UnreachableLedger:
 
 
 def _site(workbench: Workbench, plan: ClientPlan, ledger: Ledger) -> Site:
-    if workbench.config.privacy.mode == "dp":
-        _note_data(workbench, plan, ledger)
     return Site(
         policy=_policy(workbench, plan),
         units=plan.units,
@@ -192,18 +195,6 @@ def _site(workbench: Workbench, plan: ClientPlan, ledger: Ledger) -> Site:
         ledger=ledger,
         provenance=workbench.provenance,
     )
-
-
-def _note_data(workbench: Workbench, plan: ClientPlan, ledger: Ledger) -> None:
-    """Tell the operator if the rows changed; what they had released stays in the ledger."""
-    # A ledger that refuses says so at the first job, with a code.
-    with suppress(LedgerError):
-        if ledger.observe(workbench.data.rows_sha256(plan.units.rows)):
-            _log.warning(
-                "%s: the rows are not those that the ledger saw last; it goes on, and what was "
-                "released of rows that stayed still counts",
-                plan.name,
-            )
 
 
 def _policy(workbench: Workbench, plan: ClientPlan) -> SitePolicy:

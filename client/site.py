@@ -280,6 +280,8 @@ class Site:
                 spent = self._epsilon() or None
             except LedgerError as error:
                 _log.error("%s: the ledger cannot be read: %s", self.policy.client, error)
+            except Exception:
+                _log.exception("%s: ε cannot be computed", self.policy.client)
         return Abstention(self.policy.client, code, spent)
 
 

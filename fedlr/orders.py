@@ -81,7 +81,9 @@ def prepare(
     )
     if not resumed:
         for client in order.clients:
-            SqliteLedger(order.ledger(client), source_id=order.source(client)).close()
+            # The machines of a cluster share the run folder.
+            shared = config.federation.address is not None
+            SqliteLedger(order.ledger(client), order.source(client), shared).close()
     return order
 
 

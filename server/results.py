@@ -82,7 +82,14 @@ def settle(config: RunConfig, facts: RunFacts, order: SiteOrder, outcome: Outcom
             f"The ledgers of {', '.join(silent)} cannot be read here; their ε is what they last "
             "reported, and may be too small.",
         )
-    return replace(outcome, epsilon={**outcome.epsilon, **found}, notices=notices)
+    fallen = [client for client, spent in found.items() if spent < outcome.epsilon.get(client, 0.0)]
+    if fallen:
+        notices += (
+            f"The ledgers of {', '.join(fallen)} hold less than the clients had reported; the "
+            "larger ε is shown.",
+        )
+    larger = {c: max(found[c], outcome.epsilon.get(c, 0.0)) for c in found}
+    return replace(outcome, epsilon={**outcome.epsilon, **larger}, notices=notices)
 
 
 def summarise(config: RunConfig, facts: RunFacts, outcome: Outcome, wall_s: float) -> Summary:
@@ -118,11 +125,16 @@ def summarise(config: RunConfig, facts: RunFacts, outcome: Outcome, wall_s: floa
         accuracy=outcome.accuracy,
         unit=config.privacy.unit if private else None,
         accountant=config.privacy.accountant if private else None,
-        epsilon_max=max(client.epsilon or 0.0 for client in clients) if private else None,
+        epsilon_max=max(_or_unbounded(client.epsilon) for client in clients) if private else None,
         epsilon_budget=config.privacy.epsilon if mode == "dp" else None,
         delta=max(client.delta for client in facts.clients) if private else None,
         notices=(*facts.notices, *outcome.notices, *_spent_out(outcome), *stopped),
     )
+
+
+def _or_unbounded(epsilon: float | None) -> float:
+    """Return ε, ∞ where it is unknown: nothing may look smaller than it is."""
+    return math.inf if epsilon is None else epsilon
 
 
 def _spent_out(outcome: Outcome) -> tuple[str, ...]:

@@ -101,8 +101,12 @@ def _verify(given: argparse.Namespace) -> None:
     history = ledger.history()
     print(
         f"{given.file} is sound: {ledger.joins()} entries, head {history.head}, source "
-        f"{ledger.source_id!r}, as new as what has left the site"
+        f"{ledger.source_id!r}"
     )
+    if given.file.with_name(f"{given.file.name}.witness").exists():
+        print("it is as new as what has left the site, by the witness beside it")
+    else:
+        print("no witness lies beside it: whether it was restored from a backup cannot be told")
 
 
 def _export(given: argparse.Namespace) -> None:

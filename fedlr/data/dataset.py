@@ -130,10 +130,6 @@ class LoadedData:
             return self.sha256
         return _fingerprint(self.label_names, (self.validation,))
 
-    def rows_sha256(self, rows: Rows) -> str:
-        """Return the hex digest of some training rows; private, for the site's own ledger."""
-        return _fingerprint(self.label_names, (self.train.select(rows),))
-
 
 def check_label_names(names: tuple[str, ...]) -> None:
     """Raise ValueError unless ``names`` are at least two different names."""

@@ -52,6 +52,10 @@ class Booking:
     update: bytes | None
 
 
+RECOVERED = "recovered"
+"""Run and client of what `fedlr.privacy.ledger.SqliteLedger.recover` books."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """Releases of one run on one day.
@@ -82,12 +86,14 @@ class History:
     def events(self, run: str | None = None, since: int | None = None) -> tuple[Release, ...]:
         """Return merged events, of one run or from one day on if asked.
 
-        An entry whose day is unknown is recent: budgets must never under-count.
+        An entry whose day is unknown is recent, and one that was recovered from a witness
+        is of every run: budgets must never under-count.
         """
         return merge(
             entry.event
             for entry in self.entries
-            if run in (None, entry.run) and (since is None or entry.day == 0 or entry.day >= since)
+            if (run in (None, entry.run) or entry.run == RECOVERED)
+            and (since is None or entry.day == 0 or entry.day >= since)
         )
 
 

@@ -66,7 +66,8 @@ class Database:
     Args:
         path: The file, made with mode 0600 where it is missing, in a folder that is there.
         source_id: Identifier that a new file gets; None draws one.
-        shared: Whether processes on other machines use the file too.
+        shared: Whether processes on other machines use the file too; decided when the
+            file is made, which keeps it.
 
     Raises:
         LedgerError: The folder is missing, or the file cannot be opened or is of a newer
@@ -137,7 +138,6 @@ class Database:
         # mode=rw: a ledger deleted under our feet must not come back empty.
         connection = _connect(f"{self.path.absolute().as_uri()}?mode=rw")
         try:
-            connection.execute(f"PRAGMA journal_mode = {self._mode}")
             connection.execute("PRAGMA synchronous = EXTRA")
         except BaseException:
             connection.close()

@@ -18,14 +18,11 @@ from typing import Any, Literal
 
 from fedlr.errors import LedgerCorrupt, LedgerError, LedgerMoved
 from fedlr.privacy import database, witness
-from fedlr.privacy.booking import Booking, Entry, History, JobKey, Ledger
+from fedlr.privacy.booking import RECOVERED, Booking, Entry, History, JobKey, Ledger
 from fedlr.privacy.database import MIGRATIONS, Database
 from fedlr.privacy.events import Release
 
 __all__ = ["MIGRATIONS", "Booking", "JobKey", "Ledger", "MemoryLedger", "SqliteLedger"]
-
-RECOVERED = "recovered"
-"""Run and client of what `SqliteLedger.recover` books."""
 
 _DAY_S = 86_400
 _INSERT = (
@@ -225,6 +222,10 @@ class SqliteLedger:
         """See `Ledger.recall`."""
         with self._checked() as connection:
             row = _row(connection, key)
+            history = _history(connection)
+        if self._witness is not None and row is not None and row[1] is not None:
+            # Whoever asks may send it: a crash can have come between commit and witness.
+            witness.write(self._witness, self.source_id, history.head, history.events())
         return None if row is None else Booking(str(row[2]), row[1] is not None, row[3])
 
     def released(self, run: str, round: int, client: str) -> bytes | None:

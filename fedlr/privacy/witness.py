@@ -8,6 +8,7 @@ and it says how far the ledger stood. It is no defence against someone who takes
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -38,8 +39,9 @@ def beside(ledger: Path) -> Path:
 def write(path: Path, source_id: str, head: int, events: Iterable[Release]) -> None:
     """Replace the witness, unless it is ahead.
 
-    Not synchronised, and of two that write at one moment either may win: what is found
-    later may then be older than the last release, and never newer than the ledger.
+    Its folder is not synchronised, and of two that write at one moment either may win:
+    what is found later may be older than the last release, and is never newer than the
+    ledger.
     """
     seen = read(path, source_id)
     if seen is not None and seen.head >= head:
@@ -52,7 +54,10 @@ def write(path: Path, source_id: str, head: int, events: Iterable[Release]) -> N
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         draft.touch(0o600)
-        draft.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # or the rename may outlive what it names
         draft.replace(path)
     except OSError as error:
         raise LedgerError(

@@ -99,6 +99,12 @@ def test_the_smaller_bound_counts(asked: float) -> None:
     assert tighten(run, Limits()) == run
 
 
+@pytest.mark.parametrize("mode", ["none", "dry"])
+def test_a_site_with_a_policy_trains_privately_or_not_at_all(mode: str) -> None:
+    with pytest.raises(ConfigError, match=f"privacy.mode = {mode}"):
+        tighten(policy(mode=mode), Limits())
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"client": "another"}, {"declared_size": 9}, {"unit": "user"}, {"delta": 1e-4}],

@@ -81,7 +81,6 @@ def bench(config: RunConfig, noise: Mapping[str, float]) -> Any:
         clients=plans,
         trainer=Trainer(),
         provenance=PROVENANCE,
-        data=SimpleNamespace(rows_sha256=lambda rows: f"digest of {rows}"),
     )
 
 
@@ -173,22 +172,6 @@ def test_a_resumed_run_makes_no_ledger(tmp_path: Path) -> None:
     assert lost.train_many([job()]) == [Abstention("client-000", "ledger")]
     assert isinstance(kept.train_many([job()])[0], ClientUpdate)
     assert not (tmp_path / "client-000.sqlite").exists()
-
-
-def test_rows_that_changed_are_told_and_keep_their_history(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    workbench = bench(private(), SIGMA)
-    make_sites(workbench, tmp_path)[0].train_many([job()])
-    make_sites(workbench, tmp_path)
-    assert "the rows are not those" not in caplog.text
-    changed = SimpleNamespace(rows_sha256=lambda rows: "another digest")
-    site = make_sites(SimpleNamespace(**{**vars(workbench), "data": changed}), tmp_path)[0]  # type: ignore[arg-type]
-    assert "client-000: the rows are not those" in caplog.text
-    assert "digest" not in caplog.text
-    (answer,) = site.train_many([replace(job(), round=1, nonce="later")])
-    assert isinstance(answer, ClientUpdate)
-    assert SqliteLedger(tmp_path / "client-000.sqlite").joins() == 2
 
 
 def test_a_run_may_go_on_with_the_other_engine(tmp_path: Path, built: list[dict[str, Any]]) -> None:

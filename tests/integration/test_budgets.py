@@ -72,6 +72,9 @@ def test_a_policy_that_does_not_fit_is_a_sentence_before_anything_is_spent(
     said = capfd.readouterr().err
     assert "client-001.toml: there is no budget.epsilon" in said
     assert "Traceback" not in said
+    (tmp_path / "policies" / "client-001.toml").rename(tmp_path / "policies" / "hospital-a.toml")
+    assert main(["simulate", "debug=tiny", "privacy.policies=policies"]) == 2
+    assert "hospital-a.toml is no client's; the clients are client-000" in capfd.readouterr().err
     assert main(["simulate", "debug=tiny", "privacy.policies=absent"]) == 2
     assert "privacy.policies = 'absent'" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["policies"]

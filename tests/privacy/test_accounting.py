@@ -318,3 +318,20 @@ def test_each_mechanism_is_rounded_to_one_that_dominates_it(
 def test_opacus_is_imported_only_when_needed() -> None:
     code = "import sys; import fedlr.privacy.calibration as c; sys.exit('opacus' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("delta", [1e-9, 1e-10, 1e-11, 1e-12])
+@pytest.mark.parametrize("steps", [1_000, 100_000])
+@pytest.mark.parametrize("total", [0.3, 1.0])
+def test_the_bound_holds_where_delta_meets_the_rounding_of_doubles(
+    delta: float, steps: int, total: float
+) -> None:
+    """At q = 1 the composition is one Gaussian of sensitivity μ = √(steps/σ²) exactly."""
+    sigma = math.sqrt(steps / total)
+    found = epsilon([Release(sigma, 1.0, steps, "example")], delta)
+    mu = math.sqrt(total)
+    # Balle and Wang 2018, theorem 8: δ(ε) = Φ(μ/2 - ε/μ) - e^ε·Φ(-μ/2 - ε/μ).
+    exact = stats.norm.cdf(mu / 2 - found / mu) - math.exp(found) * stats.norm.cdf(
+        -mu / 2 - found / mu
+    )
+    assert exact <= delta
