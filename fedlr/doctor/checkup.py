@@ -8,9 +8,16 @@ from pathlib import Path
 
 import torch
 
-from fedlr.adapters.inject import inject
 from fedlr.adapters.surgery import AdaptedModel
-from fedlr.build import Workbench, build_head, check_names, source_spec
+from fedlr.build import (
+    Workbench,
+    adapt,
+    build_head,
+    check_names,
+    check_own_shapes,
+    local_settings,
+    source_spec,
+)
 from fedlr.config import RunConfig
 from fedlr.data.sources import load
 from fedlr.doctor import clipping, durability, exchange, frozen, gradients, noise, versions
@@ -120,14 +127,14 @@ def _private_step(subject: Subject, removed: Mapping[float, Sequence[int]]) -> l
 def _load(config: RunConfig, say: Callable[[str], None]) -> RunModel:
     """Build the model as a run would, on its device."""
     check_names(config)
-    model, adapter, kernels = config.model, config.adapter, config.kernels
+    model, kernels = config.model, config.kernels
     if kernels.threads is not None:
         torch.set_num_threads(kernels.threads)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(automatic if kernels.device == "auto" else kernels.device)
     say(f"loading the model {model.name}")
     seed = config.seed if model.random_weights else None
-    base = load_base(model.name, model.revision, model.sha256, seed)
+    base = load_base(model.name, model.revision, model.sha256, seed, model.precision)
     base.encoder.to(device)
     check_capacity(base, model.max_length)
     check_rows_alone(base, model.max_length)
@@ -136,9 +143,8 @@ def _load(config: RunConfig, say: Callable[[str], None]) -> RunModel:
         say("reading the label list of the data")
         label_names = load(source_spec(config)).label_names
     head = build_head(config, base, label_names).to(device).requires_grad_(False)
-    encoder, sites = inject(
-        base.encoder, adapter.modules, adapter.layers, adapter.rank, adapter.alpha
-    )
+    check_own_shapes(base, local_settings(config))
+    encoder, sites = adapt(config, base)
     movable = dict(head.named_parameters()) if model.head.trained else {}
     adapted = AdaptedModel(encoder, sites, {f"head.{name}": v for name, v in movable.items()})
     return RunModel(config, base, adapted, head, label_names)

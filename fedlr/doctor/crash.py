@@ -15,6 +15,7 @@ from fedlr.privacy.ledger import JobKey, Ledger, SqliteLedger
 SOURCE = "fedlr doctor"
 PAID = JobKey("doctor", 0, "client", "paid")
 OPEN = JobKey("doctor", 1, "client", "open")
+LATE = JobKey("doctor", 2, "client", "late")
 EVENT = Release(noise_multiplier=1.0, sample_rate=0.5, steps=3, unit="example")
 UPDATE = b"what the paid job released"
 

@@ -1,4 +1,10 @@
-"""The ledger on the disk of the runs: what is booked is there after a kill, to the last step."""
+"""The ledger on the disk of the runs: what is booked is there after a kill, to the last step.
+
+A kill does not lose what the system has not yet written to the disk; power failure does, and
+cannot be tried here. For that the check asks what SQLite waits for, as a ledger opens its file.
+That two processes cannot exceed a budget jointly needs each to see what the other has booked:
+one that has the file open while another books is asked to book at the head it saw before.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +14,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import fedlr
-from fedlr.doctor.crash import EVENT, OPEN, PAID, SOURCE, UPDATE, book
+from fedlr.doctor.crash import EVENT, LATE, OPEN, PAID, SOURCE, UPDATE, book
 from fedlr.doctor.finding import Result
-from fedlr.errors import LedgerError
+from fedlr.errors import LedgerError, LedgerMoved
 from fedlr.privacy.events import merge
 from fedlr.privacy.ledger import SqliteLedger
 
 _SECONDS = 60.0
+_LEVELS = ("OFF", "NORMAL", "FULL", "EXTRA")
+_DURABLE = 2
 
 PROGRAM = "import pathlib, sys; from fedlr.doctor.crash import book_and_die; \
 book_and_die(pathlib.Path(sys.argv[1]))"
@@ -34,12 +42,21 @@ def survives_a_kill(output: Path) -> Result:
     """
     with _folder(output) as (folder, where):
         path = folder / "doctor.sqlite"
-        child = _killed(path)
-        if child.returncode != -signal.SIGKILL:
-            reason = (child.stderr.strip().splitlines() or [f"exit {child.returncode}"])[-1]
-            return Result(False, f"a ledger in {where} cannot be used: {reason}")
-        problems = _problems(path)
-    done = f"killed after a reservation in {where}: all {2 * EVENT.steps} steps are still booked"
+        with closing(SqliteLedger(path, SOURCE)) as ledger:
+            level, before = ledger.synchronous(), ledger.history().head
+            child = _killed(path)
+            if child.returncode != -signal.SIGKILL:
+                reason = (child.stderr.strip().splitlines() or [f"exit {child.returncode}"])[-1]
+                return Result(False, f"a ledger in {where} cannot be used: {reason}")
+            problems = [*_problems(path), *_late(ledger, before)]
+    if level < _DURABLE:
+        problems.append(
+            f"synchronous = {_LEVELS[level]}, bound FULL: power failure can lose what is booked"
+        )
+    done = (
+        f"killed after a reservation in {where}: all {2 * EVENT.steps} steps are still booked, "
+        f"synchronous = {_LEVELS[level]}, a booking at an old head is refused"
+    )
     return Result(not problems, "; ".join(problems) or done)
 
 
@@ -77,6 +94,17 @@ def _problems(path: Path) -> list[str]:
         pass
     ledger.close()
     return problems
+
+
+def _late(ledger: SqliteLedger, before: int) -> list[str]:
+    """Return whether a process that saw the ledger at ``before`` can book as if it stood there."""
+    try:
+        ledger.reserve(LATE, EVENT, head=before)
+    except LedgerMoved:
+        return []
+    except LedgerError as error:
+        return [f"a ledger that another process wrote to cannot be used: {error}"]
+    return [f"a job is booked at head {before}, though another process had booked since"]
 
 
 @contextmanager

@@ -14,21 +14,22 @@ from fedlr.methods.method import Parts
 from fedlr.privacy.gradients import GRADIENTS
 from fedlr.training.classifier import Classifier
 
-BOUND = 1e-3
-"""Largest accepted ‖G − G_autograd‖ of a unit, relative to its own gradient.
+BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}
+"""Largest accepted ‖G − G_autograd‖ of a unit, relative to its own gradient, by precision.
 
-Float32 rounding in another batch gives some 1e-6, on models of many layers 1e-5; a
-wrong gradient is off by its own size.
+Float32 rounding in another batch gives some 1e-6, on models of many layers 1e-5, and
+that of bfloat16 some 1e-2; a wrong gradient is off by its own size. That no other row
+changes a unit's gradient is measured by the clip bound, far more finely.
 """
 
 
 def same_as_autograd(subject: Subject) -> Result:
-    """Compare all units of one batch with each unit's own backward pass, in float32.
+    """Compare all units of one batch with each unit's own backward pass.
 
     The reference runs every layer on the unit's rows alone, without prefix and
     padding: it also shows a path in which one unit's gradient notices another unit.
     """
-    path = subject.config.kernels.gradients
+    path, bound = subject.config.kernels.gradients, BOUNDS[subject.config.model.precision]
     found, expected = (
         path_gradients(subject),
         [_alone(subject, u) for u in range(subject.units.count)],
@@ -42,8 +43,8 @@ def same_as_autograd(subject: Subject) -> Result:
     errors = [error / max(norm, floor) for error, norm in zip(apart, norms, strict=True)]
     worst = float(np.max(errors))  # NaN where one of them is
     return Result(
-        worst <= BOUND,
-        f"largest error {worst:.1e} of a unit's gradient, bound {BOUND:g} "
+        worst <= bound,
+        f"largest error {worst:.1e} of a unit's gradient, bound {bound:g} "
         f"({path}, {len(errors)} units)",
     )
 

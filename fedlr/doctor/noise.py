@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 
@@ -13,7 +14,7 @@ from fedlr.doctor.finding import Result
 from fedlr.doctor.subject import Subject, chosen_units
 from fedlr.methods.method import PartKey, Role
 from fedlr.privacy.dpsgd import Mechanism, clip_groups, private_gradient
-from fedlr.privacy.noise import Stream, public_stream, secret_stream
+from fedlr.privacy.noise import Stream, public_stream, task_streams
 
 FALSE_ALARM = 1e-9
 """Largest probability that honest noise fails `present_and_fresh`."""
@@ -68,22 +69,32 @@ def deviation_bounds(count: int, samples: int) -> tuple[float, float]:
 
 
 def secret_entropy() -> Result:
-    """Check that streams differ, ignore every seed, cannot be copied, and are insisted on."""
+    """Check that a task's streams differ, ignore seeds, cannot be copied, and are insisted on.
+
+    They are made by `fedlr.privacy.noise.task_streams`, as a site makes them: for one job
+    that is asked for twice, under one seed of every other generator.
+    """
     with torch.random.fork_rng(devices=[]):
+        streams: list[Stream] = []
         draws = []
         for _ in range(2):
             torch.manual_seed(0)
-            draws.append(secret_stream().gaussian((8,), 1.0))
+            made = task_streams(True, 0, "client", 0)
+            streams += made
+            draws += [stream.gaussian((8,), 1.0) for stream in made]
     problems = []
-    if torch.equal(*draws):
+    if any(torch.equal(*pair) for pair in itertools.combinations(draws, 2)):
         problems.append("two streams give the same numbers")
-    if _copies(secret_stream()):
+    if any(map(_copies, streams)):
         problems.append("a stream can be copied or pickled")
-    if not secret_stream().secret or _accepts_public_noise():
+    if not all(stream.secret for stream in streams):
+        problems.append("a task's stream is not from the system's entropy")
+    if _accepts_public_noise():
         problems.append("noise from a public stream is accepted")
     return Result(
         not problems,
-        "; ".join(problems) or "two streams differ under one seed; no copy, no pickle, none public",
+        "; ".join(problems)
+        or "four streams of one task differ under one seed; no copy, no pickle, none public",
     )
 
 

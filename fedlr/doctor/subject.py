@@ -22,7 +22,7 @@ from fedlr.data.batching import TokenisedDataset, UnitIndex
 from fedlr.errors import ModelError
 from fedlr.methods.method import MODEL_ROLES, Method, PartKey, Parts, Role
 from fedlr.privacy.dpsgd import Mechanism, clip_groups
-from fedlr.privacy.noise import public_stream, secret_stream
+from fedlr.privacy.noise import task_streams
 from fedlr.restore import RunModel
 from fedlr.training.base import BaseModel
 from fedlr.training.classifier import Classifier
@@ -72,7 +72,10 @@ class Subject:
         rows = made_up_rows(model.base, model.config.model.max_length, len(model.label_names))
         if prefix is not None:
             megabytes = model.config.kernels.prefix_cache_mb
-            rows = cache_prefix(model.adapted.encoder, prefix, rows, PHYSICAL_BATCH, megabytes)
+            own_shapes = local_settings(model.config).own_shapes
+            rows = cache_prefix(
+                model.adapted.encoder, prefix, rows, PHYSICAL_BATCH, megabytes, own_shapes
+            )
         return cls(
             model=model,
             train=phase.train,
@@ -114,14 +117,14 @@ class Subject:
 
     def task(self, noise_multiplier: float, sample_rate: float) -> LocalTask:
         """Return a task from the public point; secret streams where there is noise."""
-        noisy = noise_multiplier > 0
+        sampling, noise = task_streams(noise_multiplier > 0, "doctor")
         return LocalTask(
             parts=self.parts,
             train=self.train,
             sample_rate=sample_rate,
             mechanism=self.mechanism(noise_multiplier),
-            sampling=secret_stream() if noisy else public_stream("doctor", "sampling"),
-            noise=secret_stream() if noisy else public_stream("doctor", "noise"),
+            sampling=sampling,
+            noise=noise,
         )
 
     def settings(self) -> LocalSettings:

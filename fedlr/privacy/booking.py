@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 from fedlr import checks
+from fedlr.errors import LedgerError, LedgerMoved
 from fedlr.privacy.events import Release, merge
+
+DAY_S = 86_400
+"""Seconds of a day of `Entry`."""
+
+MONTH_DAYS = 30
+"""Days, today included, of what a monthly budget bounds."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,16 @@ RECOVERED = "recovered"
 class Entry:
     """Releases of one run on one day.
 
+    The day is that of the machine's clock, but never before the day of anything booked
+    earlier: a clock that is set back takes no release out of a window that looks back. A
+    clock set forward dates what is booked then, and everything after it until the true
+    time has caught up, too late: that counts for longer than it should. While it is
+    forward, a reader who takes "today" from it leaves out releases that are recent; the
+    ledger cannot know.
+
     Attributes:
         run: Identifier of the run.
-        day: Days since 1970 on the clock of the ledger's machine; 0 where unknown.
+        day: Days since 1970, as above; 0 where unknown.
         event: What was released, open reservations as reserved.
     """
 
@@ -70,13 +84,35 @@ class Entry:
     day: int
     event: Release
 
+    def times(self, count: int) -> Entry:
+        """Return one entry for ``count`` equal ones."""
+        return replace(self, event=replace(self.event, steps=self.event.steps * count))
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What the operator of a ledger answers for, because nobody can check it.
+
+    Attributes:
+        kind: ``disjoint``: no row of its data was in another ledger; ``loss``: its
+            witness is lost, and the ledger knows all the same of every release.
+        reason: The operator's words.
+        head: Where the ledger stood.
+        day: Days since 1970; 0 where unknown.
+    """
+
+    kind: Literal["disjoint", "loss"]
+    reason: str
+    head: int
+    day: int
+
 
 @dataclass(frozen=True)
 class History:
     """Everything in a ledger at one moment.
 
     Attributes:
-        head: Number of reservations and commits so far; it only ever grows.
+        head: Moved by every reservation and every commit; it only ever grows.
         entries: One per run, day and mechanism.
     """
 
@@ -170,8 +206,12 @@ class Ledger(Protocol):
         """Return all committed events, and every open reservation as reserved, merged."""
         ...
 
-    def joins(self) -> int:
-        """Return the number of keys ever reserved, committed or not."""
+    def joins(self, run: str | None = None) -> int:
+        """Return the number of keys ever reserved, committed or not; of one run if asked.
+
+        Keys that were recovered from a witness are of every run: bounds must never
+        under-count.
+        """
         ...
 
     def observe(self, fingerprint: str) -> bool:
@@ -186,3 +226,31 @@ class Ledger(Protocol):
     def close(self) -> None:
         """Release resources; any later call but ``close`` raises LedgerError."""
         ...
+
+
+def check_head(found: int, expected: int | None) -> None:
+    """Raise LedgerMoved unless nothing was booked since the caller looked."""
+    if expected is not None and found != expected:
+        raise LedgerMoved(
+            f"the ledger stands at {found}, not at {expected}: something was booked meanwhile; "
+            "compute the budget again"
+        )
+
+
+def check_covered(reserved: Release, actual: Release) -> None:
+    """Raise LedgerError unless ``actual`` is ``reserved`` with at most as many steps."""
+    if replace(actual, steps=reserved.steps) != reserved or actual.steps > reserved.steps:
+        raise LedgerError(
+            f"committed event {actual.to_json()} is not covered by its reservation "
+            f"{reserved.to_json()}; the reservation stays open and counts whole"
+        )
+
+
+def known(key: JobKey) -> str:
+    """Message for a key that was reserved before."""
+    return f"{key} is already in the ledger; a retry is a new release and needs a new nonce"
+
+
+def not_open(key: JobKey) -> str:
+    """Message for a commit without an open reservation."""
+    return f"{key} has no open reservation; reserve before training, commit once"

@@ -6,8 +6,9 @@ import os
 import secrets
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,26 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE fingerprints (sha256 TEXT NOT NULL, seen_at INTEGER NOT NULL)",
         # Every reservation and every commit so far moved the head by one.
         """INSERT INTO meta SELECT 'head', COUNT(*) + COUNT(committed) FROM entries""",
+    ),
+    (
+        # Points of the running hash (`fedlr.privacy.chain`), from a random start.
+        """CREATE TABLE chain (
+            head INTEGER NOT NULL,
+            digest TEXT NOT NULL,
+            PRIMARY KEY (head, digest)
+        ) WITHOUT ROWID""",
+        """INSERT INTO chain SELECT CAST(value AS INTEGER), lower(hex(randomblob(32)))
+            FROM meta WHERE name = 'head'""",
+        "DELETE FROM meta WHERE name = 'head'",
+        """CREATE TABLE declarations (
+            kind TEXT NOT NULL,
+            reason TEXT NOT NULL,
+            head INTEGER NOT NULL,
+            declared_at INTEGER NOT NULL
+        )""",
+        """INSERT INTO declarations SELECT 'disjoint', value, 0, 0
+            FROM meta WHERE name = 'disjoint'""",
+        "DELETE FROM meta WHERE name = 'disjoint'",
     ),
 )
 """Statements that take schema version i to i + 1; only ever appended to."""
@@ -68,15 +89,21 @@ class Database:
         source_id: Identifier that a new file gets; None draws one.
         shared: Whether processes on other machines use the file too; decided when the
             file is made, which keeps it.
+        disjoint: Why a new file starts empty; noted in the transaction that makes it.
+            None: an existing file will do.
 
     Raises:
-        LedgerError: The folder is missing, or the file cannot be opened or is of a newer
-            version of the program.
+        LedgerError: The folder is missing, or the file cannot be opened, is of a newer
+            version of the program, or is there although ``disjoint`` declares it new.
         LedgerCorrupt: The file is damaged, or is no ledger.
     """
 
     def __init__(
-        self, path: Path | Literal[":memory:"], source_id: str | None, shared: bool = False
+        self,
+        path: Path | Literal[":memory:"],
+        source_id: str | None,
+        shared: bool = False,
+        disjoint: str | None = None,
     ) -> None:
         self.path = Path(path)
         self._mode = "DELETE" if shared else "WAL"
@@ -88,9 +115,9 @@ class Database:
         self._in_memory = path == ":memory:"
         if self._in_memory:
             self._connection = _connect(":memory:")
-            _create(self._connection, source_id)
-        elif not self.path.exists():
-            _create_file(self.path, source_id, self._mode)
+            _create(self._connection, source_id, disjoint)
+        elif disjoint is not None or not self.path.exists():
+            self._create_file(source_id, disjoint)
 
     def close(self) -> None:
         """Release the file; any later transaction raises LedgerError."""
@@ -108,6 +135,16 @@ class Database:
                 # Each time: another process may have upgraded the file meanwhile.
                 _migrate(connection)
                 yield connection
+
+    def synchronous(self) -> int:
+        """Return what a commit waits for, asked of the connection in use.
+
+        Returns:
+            SQLite's level: 0 and 1 may lose commits when power fails, 2 (FULL) and
+            3 (EXTRA) do not.
+        """
+        with self.transaction() as connection:
+            return int(connection.execute("PRAGMA synchronous").fetchone()[0])
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
@@ -144,6 +181,29 @@ class Database:
             raise
         return connection
 
+    def _create_file(self, source_id: str | None, disjoint: str | None) -> None:
+        """Make a complete ledger and link it into place unless another process was faster."""
+        path = self.path
+        if not path.parent.is_dir():
+            raise LedgerError(f"ledger folder {path.parent} does not exist; create it first")
+        draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        with _translated(path):
+            try:
+                os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+                with closing(_connect(draft.absolute().as_uri())) as connection:
+                    connection.execute("PRAGMA synchronous = EXTRA")
+                    connection.execute(f"PRAGMA journal_mode = {self._mode}")
+                    _create(connection, source_id, disjoint)
+                os.link(draft, path)
+            except FileExistsError as error:
+                if disjoint is not None:
+                    raise LedgerError(
+                        f"ledger {path} exists; rows that it knows keep their history there"
+                    ) from error
+            finally:
+                draft.unlink(missing_ok=True)
+            synchronise(path.parent)
+
     def _let_go(self) -> None:
         if self._connection is not None and self._owner[0] in (0, os.getpid()):
             self._connection.close()
@@ -161,6 +221,20 @@ def meta(connection: sqlite3.Connection, name: str) -> str:
     if row is None:
         raise LedgerCorrupt(f"the ledger has no {name}; restore it from a backup")
     return str(row[0])
+
+
+def declare(connection: sqlite3.Connection, kind: str, reason: str, head: int, at: int) -> None:
+    """Note a declaration of the operator (`fedlr.privacy.booking.Declaration`)."""
+    connection.execute("INSERT INTO declarations VALUES (?, ?, ?, ?)", (kind, reason, head, at))
+
+
+def synchronise(folder: Path) -> None:
+    """Make the names in ``folder`` durable: a new file outlives a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def damaged(path: Path, reason: str) -> str:
@@ -211,33 +285,14 @@ def _translated(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _create_file(path: Path, source_id: str | None, mode: str) -> None:
-    """Make a complete ledger and link it to ``path`` unless another process was faster."""
-    if not path.parent.is_dir():
-        raise LedgerError(f"ledger folder {path.parent} does not exist; create it first")
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    with _translated(path):
-        try:
-            os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            with closing(_connect(draft.absolute().as_uri())) as connection:
-                connection.execute("PRAGMA synchronous = EXTRA")
-                connection.execute(f"PRAGMA journal_mode = {mode}")
-                _create(connection, source_id)
-            with suppress(FileExistsError):
-                os.link(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def _create(connection: sqlite3.Connection, source_id: str | None) -> None:
-    """Run every migration on an empty database and name its source."""
+def _create(connection: sqlite3.Connection, source_id: str | None, disjoint: str | None) -> None:
+    """Run every migration on an empty database, name its source, and note why it is empty."""
     identifier = secrets.token_hex(16) if source_id is None else source_id
     with _immediate(connection):
         _run_migrations(connection, 0)
         connection.execute("INSERT INTO meta VALUES ('source_id', ?)", (identifier,))
+        if disjoint is not None:
+            declare(connection, "disjoint", disjoint, 0, int(time.time()))
 
 
 def _migrate(connection: sqlite3.Connection) -> None:

@@ -7,24 +7,36 @@ failed, counts as spent in full: what it computed may have left.
 from __future__ import annotations
 
 import sqlite3
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fedlr.errors import LedgerCorrupt, LedgerError, LedgerMoved
-from fedlr.privacy import database, witness
-from fedlr.privacy.booking import RECOVERED, Booking, Entry, History, JobKey, Ledger
+from fedlr.errors import LedgerCorrupt, LedgerError
+from fedlr.privacy import chain, database, witness
+from fedlr.privacy.booking import (
+    DAY_S,
+    RECOVERED,
+    Booking,
+    Declaration,
+    Entry,
+    History,
+    JobKey,
+    Ledger,
+    check_covered,
+    check_head,
+    known,
+    not_open,
+)
 from fedlr.privacy.database import MIGRATIONS, Database
 from fedlr.privacy.events import Release
+from fedlr.privacy.memory import MemoryLedger
+from fedlr.privacy.witness import Lack, Seen
 
 __all__ = ["MIGRATIONS", "Booking", "JobKey", "Ledger", "MemoryLedger", "SqliteLedger"]
 
-_DAY_S = 86_400
 _INSERT = (
     "INSERT INTO entries (run, round, client, nonce, reserved, job, booked_at) "
     "VALUES (?, ?, ?, ?, ?, ?, ?)"
@@ -38,113 +50,24 @@ _RELEASED = (
     "AND released IS NOT NULL"
 )
 _HISTORY = (
-    f"SELECT run, booked_at / {_DAY_S}, COALESCE(committed, reserved), COUNT(*) "
+    f"SELECT run, booked_at / {DAY_S}, COALESCE(committed, reserved), COUNT(*) "
     "FROM entries GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
 )
-_FORWARD = "UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE name = 'head'"
-
-
-class MemoryLedger:
-    """A ledger in memory, gone with the process: for tests and dry runs."""
-
-    def __init__(self) -> None:
-        self._reserved: dict[JobKey, tuple[Release, int]] = {}
-        self._committed: dict[JobKey, Release] = {}
-        self._jobs: dict[JobKey, str] = {}
-        self._updates: dict[tuple[str, str], tuple[JobKey, bytes]] = {}
-        self._fingerprint: str | None = None
-        self._head = 0
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def reserve(
-        self,
-        key: JobKey,
-        event: Release,
-        max_joins: int | None = None,
-        job: str = "",
-        head: int | None = None,
-    ) -> bool:
-        """See `Ledger.reserve`."""
-        with self._open():
-            if key in self._reserved:
-                raise LedgerError(_known(key))
-            _check_head(self._head, head)
-            if max_joins is not None and len(self._reserved) >= max_joins:
-                return False
-            self._reserved[key] = (event, int(time.time()) // _DAY_S)
-            self._jobs[key] = job
-            self._head += 1
-            return True
-
-    def commit(self, key: JobKey, event: Release, update: bytes = b"") -> None:
-        """See `Ledger.commit`."""
-        with self._open():
-            if key in self._committed or key not in self._reserved:
-                raise LedgerError(_not_open(key))
-            _check_covered(self._reserved[key][0], event)
-            self._committed[key] = event
-            self._updates[key.run, key.client] = (key, update)
-            self._head += 1
-
-    def recall(self, key: JobKey) -> Booking | None:
-        """See `Ledger.recall`."""
-        with self._open():
-            if key not in self._reserved:
-                return None
-            latest, update = self._updates.get((key.run, key.client), (None, b""))
-            kept = update if latest == key else None
-            return Booking(self._jobs[key], key in self._committed, kept)
-
-    def released(self, run: str, round: int, client: str) -> bytes | None:
-        """See `Ledger.released`."""
-        with self._open():
-            key, update = self._updates.get((run, client), (None, b""))
-            return update if key is not None and key.round == round else None
-
-    def history(self) -> History:
-        """See `Ledger.history`."""
-        with self._open():
-            counted = Counter(
-                Entry(key.run, day, self._committed.get(key, event))
-                for key, (event, day) in self._reserved.items()
-            )
-            return History(self._head, tuple(_times(*item) for item in counted.items()))
-
-    def spent(self) -> tuple[Release, ...]:
-        """See `Ledger.spent`."""
-        return self.history().events()
-
-    def joins(self) -> int:
-        """See `Ledger.joins`."""
-        with self._open():
-            return len(self._reserved)
-
-    def observe(self, fingerprint: str) -> bool:
-        """See `Ledger.observe`."""
-        with self._open():
-            before, self._fingerprint = self._fingerprint, fingerprint
-            return before not in (None, fingerprint)
-
-    def close(self) -> None:
-        """See `Ledger.close`."""
-        self._closed = True
-
-    @contextmanager
-    def _open(self) -> Iterator[None]:
-        """Hold the lock of a ledger that is not closed."""
-        with self._lock:
-            if self._closed:
-                raise LedgerError("the ledger is closed; open it again")
-            yield
+_MARKED = "SELECT 1 FROM meta WHERE name = 'witnessed'"
+_MARK = "INSERT OR IGNORE INTO meta VALUES ('witnessed', '1')"
 
 
 class SqliteLedger:
     """A ledger in one SQLite file (`fedlr.privacy.database.Database`).
 
     Beside a file lies its witness (`fedlr.privacy.witness`): what had been booked when
-    something last left the process. A ledger that knows less was restored from a backup,
-    and is refused until `recover` books what it lacks.
+    something last left the process. A ledger that knows less, or other things, was
+    restored from a backup, and is refused until `recover` books what it lacks. One that
+    has released something and has no witness is refused until `declare_loss`.
+
+    The mark that demands a witness is set by the first commit, in its transaction, and
+    while that is open a witness of what was booked before is made durable: killed
+    anywhere, a ledger has its witness before it needs one, and is past it.
 
     Attributes:
         path: The file.
@@ -156,11 +79,14 @@ class SqliteLedger:
         source_id: Identifier of the data source: stored in a new ledger (by
             default a random one), compared with that of an existing one.
         shared: Whether the file is on storage that several machines write to.
+        disjoint: Why a ledger may start empty: no row of its data was in another one.
+            Noted in the transaction that makes the file, which must be new. None: an
+            existing file will do.
 
     Raises:
         LedgerError: The folder is missing, the file belongs to another source
-            or to a newer version of the program, it cannot be opened, or it was
-            restored from a backup, or is missing while its witness is there.
+            or to a newer version of the program, cannot be opened, is missing while its
+            witness is there, or is there although ``disjoint`` is given.
         LedgerCorrupt: The file is damaged or is no ledger.
     """
 
@@ -169,15 +95,13 @@ class SqliteLedger:
         path: Path | Literal[":memory:"],
         source_id: str | None = None,
         shared: bool = False,
+        disjoint: str | None = None,
     ) -> None:
         self.path = Path(path)
         self._witness = None if path == ":memory:" else witness.beside(self.path)
         if self._witness is not None and self._witness.exists() and not self.path.exists():
-            raise LedgerError(
-                f"ledger {self.path} is gone, but {self._witness.name} tells of what it had booked;"
-                " bring back the newest backup, then run `fedlr ledger recover`"
-            )
-        self._database = Database(path, source_id, shared)
+            raise LedgerError(witness.gone(self.path))
+        self._database = Database(path, source_id, shared, disjoint)
         try:
             self.source_id = self._check(source_id)
         except BaseException:
@@ -195,13 +119,11 @@ class SqliteLedger:
         """See `Ledger.reserve`."""
         with self._checked() as connection:
             if _row(connection, key) is not None:
-                raise LedgerError(_known(key))
-            _check_head(_head(connection), head)
+                raise LedgerError(known(key))
+            check_head(chain.tip(connection).head, head)
             if max_joins is not None and _joins(connection) >= max_joins:
                 return False
-            booked = (*astuple(key), event.to_json(), job, int(time.time()))
-            connection.execute(_INSERT, booked)
-            connection.execute(_FORWARD)
+            _book(connection, key, event, job)
             return True
 
     def commit(self, key: JobKey, event: Release, update: bytes = b"") -> None:
@@ -209,24 +131,25 @@ class SqliteLedger:
         with self._checked() as connection:
             row = _row(connection, key)
             if row is None or row[1] is not None:
-                raise LedgerError(_not_open(key))
-            _check_covered(Release.from_json(row[0]), event)
+                raise LedgerError(not_open(key))
+            check_covered(Release.from_json(row[0]), event)
+            self._mark(connection)
             connection.execute(_DROP, (key.run, key.client))
             connection.execute(_UPDATE, (event.to_json(), update, *astuple(key)))
-            connection.execute(_FORWARD)
-            history = _history(connection)
-        if self._witness is not None:
-            witness.write(self._witness, self.source_id, history.head, history.events())
+            chain.forward(connection, ["commit", *astuple(key), event.to_json()])
+            now = _seen(connection)
+        self._write(now)
 
     def recall(self, key: JobKey) -> Booking | None:
         """See `Ledger.recall`."""
         with self._checked() as connection:
             row = _row(connection, key)
-            history = _history(connection)
-        if self._witness is not None and row is not None and row[1] is not None:
-            # Whoever asks may send it: a crash can have come between commit and witness.
-            witness.write(self._witness, self.source_id, history.head, history.events())
-        return None if row is None else Booking(str(row[2]), row[1] is not None, row[3])
+            if row is None or row[1] is None:
+                return None if row is None else Booking(str(row[2]), False, None)
+            now = _seen(connection)
+        # Whoever asks may send it: a crash can have come between commit and witness.
+        self._write(now)
+        return Booking(str(row[2]), True, row[3])
 
     def released(self, run: str, round: int, client: str) -> bytes | None:
         """See `Ledger.released`."""
@@ -243,10 +166,10 @@ class SqliteLedger:
         """See `Ledger.spent`; raises LedgerError on an event it does not know."""
         return self.history().events()
 
-    def joins(self) -> int:
+    def joins(self, run: str | None = None) -> int:
         """See `Ledger.joins`."""
         with self._checked() as connection:
-            return _joins(connection)
+            return _joins(connection, run)
 
     def observe(self, fingerprint: str) -> bool:
         """See `Ledger.observe`."""
@@ -265,36 +188,68 @@ class SqliteLedger:
             rows = connection.execute(f"SELECT {names} FROM entries ORDER BY rowid").fetchall()
         yield from (dict(zip(names.split(", "), row, strict=True)) for row in rows)
 
-    def declare_disjoint(self, reason: str) -> None:
-        """Note why this ledger starts empty: no row of its data was in another one's."""
+    def declarations(self) -> tuple[Declaration, ...]:
+        """Return what its operator has declared, the oldest first."""
+        rows = "SELECT kind, reason, head, declared_at FROM declarations ORDER BY rowid"
         with self._checked() as connection:
-            connection.execute("INSERT INTO meta VALUES ('disjoint', ?)", (reason,))
+            found = connection.execute(rows).fetchall()
+        return tuple(Declaration(kind, why, head, at // DAY_S) for kind, why, head, at in found)
 
-    def recover(self) -> tuple[Release, ...]:
+    def synchronous(self) -> int:
+        """See `fedlr.privacy.database.Database.synchronous`."""
+        return self._database.synchronous()
+
+    def recover(self) -> Lack:
         """Book what the witness knows and this ledger, restored from a backup, does not.
 
         Returns:
-            The events booked now; none where nothing is missing.
+            What was booked now, one key for each join that was lost; nothing where the
+            ledger is past its witness.
 
         Raises:
             LedgerError: There is no witness, or it is another ledger's.
         """
-        if self._witness is None:
-            raise LedgerError("a ledger in memory has no witness, and nothing to recover")
-        seen = witness.read(self._witness, self.source_id)
-        if seen is None:
-            raise LedgerError(f"{self._witness} does not exist; there is nothing to recover from")
+        path = self._file()
         with self._database.transaction() as connection:
-            history = _history(connection)
-            missing = witness.missing(seen.events, history.events())
-            key = JobKey(RECOVERED, seen.head, RECOVERED, str(time.time_ns()))
-            for number, event in enumerate(missing):
-                one = replace(key, nonce=f"{key.nonce}-{number}")
-                booked = (*astuple(one), event.to_json(), "", int(time.time()))
-                connection.execute(_INSERT, booked)
-            forward = max(history.head, seen.head) + len(missing)
-            connection.execute("UPDATE meta SET value = ? WHERE name = 'head'", (str(forward),))
-        return missing
+            seen = witness.read(path, self.source_id)
+            if seen is None:
+                raise LedgerError(
+                    witness.absent(self.path)
+                    if _marked(connection)
+                    else f"{path} does not exist; there is nothing to recover from"
+                )
+            if chain.passes(connection, seen.point):
+                return Lack()
+            at = chain.tip(connection)
+            lack = witness.lack(seen, _history(connection).events(), _joins(connection), at)
+            self._mark(connection)
+            _book_lack(connection, lack, seen)
+            now = _seen(connection)
+        self._write(now)
+        return lack
+
+    def declare_loss(self, reason: str) -> None:
+        """Note that the witness is lost and that this is the newest ledger; write a new one.
+
+        The declaration moves the head: a witness that is found again is then older.
+
+        Raises:
+            LedgerError: No reason is given, or the witness is there or was never needed.
+        """
+        path = self._file()
+        if not reason.strip():
+            raise LedgerError("the reason is empty; say how the witness was lost")
+        with self._database.transaction() as connection:
+            if witness.read(path, self.source_id) is not None or not _marked(connection):
+                raise LedgerError(
+                    f"ledger {self.path} misses no witness, and no loss can be declared; "
+                    f"`fedlr ledger recover {self.path}` alone books what it lacks"
+                )
+            at = _clock(connection)
+            chain.forward(connection, ["loss", reason, at])
+            database.declare(connection, "loss", reason, chain.tip(connection).head, at)
+            now = _seen(connection)
+        self._write(now)
 
     def close(self) -> None:
         """See `Ledger.close`."""
@@ -316,17 +271,32 @@ class SqliteLedger:
 
     @contextmanager
     def _checked(self) -> Iterator[sqlite3.Connection]:
-        """Run the block in a transaction of a ledger that is no older than its witness."""
+        """Run the block in a transaction of a ledger that is past its witness."""
         with self._database.transaction() as connection:
             if self._witness is not None:
                 seen = witness.read(self._witness, self.source_id)
-                if seen is not None and _head(connection) < seen.head:
-                    raise LedgerError(
-                        f"ledger {self.path} stands at {_head(connection)}, but stood at "
-                        f"{seen.head} when this site last released something: it was restored "
-                        "from a backup. `fedlr ledger recover` books what it lacks"
-                    )
+                if seen is None and _marked(connection):
+                    raise LedgerError(witness.absent(self.path))
+                if seen is not None and not chain.passes(connection, seen.point):
+                    at = chain.tip(connection)
+                    raise LedgerError(witness.restored(self.path, at, seen))
             yield connection
+
+    def _file(self) -> Path:
+        """Return the path of the witness."""
+        if self._witness is None:
+            raise LedgerError("a ledger in memory has no witness, and nothing to recover")
+        return self._witness
+
+    def _mark(self, connection: sqlite3.Connection) -> None:
+        """Demand a witness from now on, after one of what is booked so far was written."""
+        if not _marked(connection):
+            self._write(_seen(connection))
+            connection.execute(_MARK)
+
+    def _write(self, now: Seen) -> None:
+        if self._witness is not None:
+            witness.write(self._witness, self.source_id, now)
 
 
 def _row(connection: sqlite3.Connection, key: JobKey) -> Any:
@@ -334,51 +304,54 @@ def _row(connection: sqlite3.Connection, key: JobKey) -> Any:
     return connection.execute(_SELECT, astuple(key)).fetchone()
 
 
-def _joins(connection: sqlite3.Connection) -> int:
-    return int(connection.execute("SELECT COUNT(*) FROM entries").fetchone()[0])
+def _joins(connection: sqlite3.Connection, run: str | None = None) -> int:
+    of_run, keys = ("", ()) if run is None else ("WHERE run IN (?, ?)", (run, RECOVERED))
+    found = connection.execute(f"SELECT COUNT(*) FROM entries {of_run}", keys)
+    return int(found.fetchone()[0])
 
 
-def _head(connection: sqlite3.Connection) -> int:
-    return int(database.meta(connection, "head"))
+def _marked(connection: sqlite3.Connection) -> bool:
+    """Return whether the ledger has ever committed anything, since that is noted."""
+    return connection.execute(_MARKED).fetchone() is not None
+
+
+def _clock(connection: sqlite3.Connection) -> int:
+    """Return the time, Unix seconds, or that of the latest entry if the clock is behind it."""
+    latest = connection.execute("SELECT MAX(booked_at) FROM entries").fetchone()[0]
+    return max(int(time.time()), latest or 0)
 
 
 def _history(connection: sqlite3.Connection) -> History:
     rows = connection.execute(_HISTORY).fetchall()
     entries = (
-        _times(Entry(str(run), int(day), Release.from_json(str(text))), count)
+        Entry(str(run), int(day), Release.from_json(str(text))).times(count)
         for run, day, text, count in rows
     )
-    return History(_head(connection), tuple(entries))
+    return History(chain.tip(connection).head, tuple(entries))
 
 
-def _times(entry: Entry, count: int) -> Entry:
-    """Return one entry for ``count`` equal ones."""
-    return replace(entry, event=replace(entry.event, steps=entry.event.steps * count))
+def _seen(connection: sqlite3.Connection) -> Seen:
+    """Return what a witness of this moment says."""
+    events = _history(connection).events()
+    return Seen(chain.tip(connection), _joins(connection), events, chain.path(connection))
 
 
-def _check_head(found: int, expected: int | None) -> None:
-    """Raise unless nothing was booked since the caller looked."""
-    if expected is not None and found != expected:
-        raise LedgerMoved(
-            f"the ledger stands at {found}, not at {expected}: something was booked meanwhile; "
-            "compute the budget again"
-        )
+def _book(connection: sqlite3.Connection, key: JobKey, event: Release, job: str = "") -> None:
+    """Insert an open reservation and move the head."""
+    entry = (*astuple(key), event.to_json(), job, _clock(connection))
+    connection.execute(_INSERT, entry)
+    chain.forward(connection, ["reserve", *entry])
 
 
-def _check_covered(reserved: Release, actual: Release) -> None:
-    """Raise unless ``actual`` is ``reserved`` with at most as many steps."""
-    if replace(actual, steps=reserved.steps) != reserved or actual.steps > reserved.steps:
-        raise LedgerError(
-            f"committed event {actual.to_json()} is not covered by its reservation "
-            f"{reserved.to_json()}; the reservation stays open and counts whole"
-        )
-
-
-def _known(key: JobKey) -> str:
-    """Message for a key that was reserved before."""
-    return f"{key} is already in the ledger; a retry is a new release and needs a new nonce"
-
-
-def _not_open(key: JobKey) -> str:
-    """Message for a commit without an open reservation."""
-    return f"{key} has no open reservation; reserve before training, commit once"
+def _book_lack(connection: sqlite3.Connection, lack: Lack, seen: Seen) -> None:
+    """Book what is lacking, and note that the ledger is past the witness."""
+    chain.forward(connection, ["recover", *seen.point], beyond=seen.point.head)
+    if seen.point.digest:  # or a kill before the next witness would leave it refused
+        chain.accept(connection, seen.point)
+    template = (lack.events or seen.events or (Release(1.0, 1.0, 0, "example"),))[-1]
+    nothing = replace(template, steps=0)
+    stamp = time.time_ns()
+    for number in range(lack.joins):
+        event = lack.events[number] if number < len(lack.events) else nothing
+        key = JobKey(RECOVERED, seen.point.head, RECOVERED, f"{stamp}-{number}")
+        _book(connection, key, event)

@@ -220,6 +220,24 @@ def secret_stream() -> Stream:
     return Stream(os.urandom(32), secret=True)
 
 
+def task_streams(secret: bool, *labels: str | int) -> tuple[Stream, Stream]:
+    """Return two new streams of one task alone: for its sampling and for its noise.
+
+    Args:
+        secret: Whether they come from the operating system's entropy, as wherever privacy
+            is on; ``labels`` then do not matter.
+        labels: What makes the task's public streams its own: the seed, the client, the round.
+
+    Example:
+        >>> sampling, noise = task_streams(True, "seed", 0)
+        >>> sampling.secret, noise.secret, sampling is noise
+        (True, True, False)
+    """
+    if secret:
+        return secret_stream(), secret_stream()
+    return public_stream("sampling", *labels), public_stream("noise", *labels)
+
+
 def public_stream(*labels: str | int) -> Stream:
     """Return the stream that everyone who knows ``labels`` can reproduce.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fedlr.doctor import durability
 from fedlr.doctor.crash import EVENT, UPDATE
 from fedlr.doctor.durability import survives_a_kill
 from fedlr.privacy.booking import Booking
+from fedlr.privacy.database import Database
 from fedlr.privacy.events import merge
 from fedlr.privacy.ledger import SqliteLedger
 
@@ -20,6 +22,7 @@ def test_an_honest_ledger_survives_and_leaves_nothing(tmp_path: Path) -> None:
     result = survives_a_kill(tmp_path / "runs" / "not there yet")
     assert result.passed, result.detail
     assert str(tmp_path) in result.detail
+    assert "synchronous = EXTRA, a booking at an old head is refused" in result.detail
     assert list(tmp_path.iterdir()) == []
 
 
@@ -98,3 +101,29 @@ def test_a_job_that_can_be_booked_twice_is_caught(
 ) -> None:
     monkeypatch.setattr(durability, "book", lambda *_: None)
     assert "booked twice" in survives_a_kill(tmp_path).detail
+
+
+@pytest.mark.parametrize("level", ["OFF", "NORMAL"])
+def test_a_ledger_that_does_not_wait_for_the_disk_is_caught(
+    level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Database._open
+
+    def careless(self: Database) -> sqlite3.Connection:
+        connection = real(self)
+        connection.execute(f"PRAGMA synchronous = {level}")
+        return connection
+
+    monkeypatch.setattr(Database, "_open", careless)
+    result = survives_a_kill(tmp_path)
+    assert not result.passed
+    assert f"synchronous = {level}, bound FULL" in result.detail
+
+
+def test_a_ledger_that_does_not_see_other_processes_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedlr.privacy.ledger.check_head", lambda found, expected: None)
+    result = survives_a_kill(tmp_path)
+    assert not result.passed
+    assert "a job is booked at head 0, though another process had booked since" in result.detail

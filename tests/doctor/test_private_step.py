@@ -17,7 +17,7 @@ from fedlr.kernels.clipped_sum import naive
 from fedlr.methods.method import MODEL_ROLES, PartKey, Role
 from fedlr.privacy.dpsgd import ClippedSum, Mechanism, private_gradient
 from fedlr.privacy.gradients import GRADIENTS, CapturedGradients
-from fedlr.privacy.noise import Stream
+from fedlr.privacy.noise import Stream, task_streams
 from fedlr.training.local import LocalTrainer
 from tests.doctor.subjects import subject
 
@@ -244,6 +244,27 @@ def test_a_stream_that_can_be_copied_is_caught(monkeypatch: pytest.MonkeyPatch) 
     assert find(Check("entropy", noise.secret_entropy, "-")).passed
     monkeypatch.setattr(Stream, "__reduce_ex__", lambda self, _: (dict, ()))
     assert "copied" in find(Check("entropy", noise.secret_entropy, "-")).detail
+
+
+def public(*given: Any) -> tuple[Stream, Stream]:
+    return task_streams(False, *given[1:])
+
+
+def alike(*given: Any) -> tuple[Stream, Stream]:
+    """One key for sampling and noise."""
+    return Stream(bytes(32), secret=True), Stream(bytes(32), secret=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"), [(public, "not from the system's entropy"), (alike, "the same numbers")]
+)
+def test_wrong_streams_of_a_task_are_caught(
+    wrong: Any, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noise, "task_streams", wrong)
+    finding = find(Check("entropy", noise.secret_entropy, "-"))
+    assert not finding.passed
+    assert says in finding.detail
 
 
 def test_accepted_public_noise_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 import signal
 import sqlite3
 import stat
@@ -14,7 +13,7 @@ import textwrap
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,6 +192,25 @@ class LedgerContract(ABC):
             ("b", 100),
             ("b", 101),
         }
+
+    def test_a_clock_that_is_set_back_takes_nothing_out_of_a_window(
+        self, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for number, day in enumerate((100, 60, 101)):
+            seconds = day * 86_400.0
+            monkeypatch.setattr("time.time", lambda seconds=seconds: seconds)
+            ledger.reserve(key(number), EVENT)
+        history = ledger.history()
+        assert sorted((entry.day, entry.event.steps) for entry in history.entries) == [
+            (100, 20),
+            (101, 10),
+        ]
+        assert history.events(since=100) == (replace(EVENT, steps=30),)
+
+    def test_joins_of_one_run(self, ledger: Ledger) -> None:
+        for number, run in enumerate("aab"):
+            ledger.reserve(replace(key(number), run=run), EVENT)
+        assert [ledger.joins(run) for run in ("a", "b", "c", None)] == [2, 1, 0, 3]
 
     def test_data_that_changed_are_noticed_and_keep_their_history(self, ledger: Ledger) -> None:
         ledger.reserve(KEY, EVENT)
@@ -382,6 +400,31 @@ def test_a_ledger_of_the_first_schema_keeps_what_it_booked(tmp_path: Path) -> No
     assert ledger.recall(key(1)) == Booking("", True, b"update")
 
 
+def test_a_declaration_and_its_file_are_made_in_one_transaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.sqlite"
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "declare", crash)
+        with pytest.raises(KeyboardInterrupt):
+            SqliteLedger(path, disjoint="patients of 2027 only")
+    assert list(tmp_path.iterdir()) == []
+    ledger = SqliteLedger(path, disjoint="patients of 2027 only")
+    (declared,) = ledger.declarations()
+    assert (declared.kind, declared.reason) == ("disjoint", "patients of 2027 only")
+    with pytest.raises(LedgerError, match="exists"):
+        SqliteLedger(path, disjoint="again")
+    assert len(ledger.declarations()) == 1
+
+
+def test_a_commit_waits_for_the_disk(tmp_path: Path) -> None:
+    assert SqliteLedger(tmp_path / "ledger.sqlite").synchronous() == 3  # EXTRA
+
+
 def test_a_failed_migration_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -518,69 +561,6 @@ def test_a_ledger_serves_both_sides_of_a_fork(tmp_path: Path) -> None:
     ledger.reserve(key(2), EVENT)
     assert ledger.joins() == 3
     assert ledger.history().head == 3
-
-
-def restored(folder: Path) -> Path:
-    """A ledger that was put back as it was after its first of three rounds."""
-    path = folder / "ledger.sqlite"
-    other = replace(EVENT, noise_multiplier=2.0)
-    ledger = SqliteLedger(path, source_id="s")
-    for number, event in enumerate((EVENT, EVENT, other)):
-        ledger.reserve(key(number), event)
-        ledger.commit(key(number), event)
-        if number == 0:
-            ledger.close()
-            shutil.copy(path, folder / "backup.sqlite")
-            ledger = SqliteLedger(path, source_id="s")
-    ledger.close()
-    shutil.copy(folder / "backup.sqlite", path)
-    return path
-
-
-def test_a_restored_backup_is_refused_until_it_is_recovered(tmp_path: Path) -> None:
-    path = restored(tmp_path)
-    ledger = SqliteLedger(path)
-    calls: list[Callable[[], object]] = [
-        ledger.spent,
-        ledger.joins,
-        ledger.history,
-        lambda: ledger.recall(KEY),
-        lambda: ledger.reserve(key(9), EVENT),
-        lambda: ledger.commit(KEY, EVENT),
-        lambda: ledger.observe("x"),
-    ]
-    for call in calls:
-        with pytest.raises(LedgerError, match="restored from a backup"):
-            call()
-    other = replace(EVENT, noise_multiplier=2.0)
-    assert set(ledger.recover()) == {EVENT, other}
-    # A run may have been the one that is lost: what is recovered counts in all of them.
-    assert set(ledger.history().events(run="never heard of")) == {EVENT, other}
-    # As much as was ever released, and a second time changes nothing.
-    assert set(ledger.spent()) == {replace(EVENT, steps=20), other}
-    assert ledger.recover() == ()
-    assert ledger.reserve(key(9), EVENT)
-    assert ledger.history().head > 6
-
-
-def test_a_ledger_that_is_gone_is_not_started_anew(tmp_path: Path) -> None:
-    path = restored(tmp_path)
-    path.unlink()
-    with pytest.raises(LedgerError, match="is gone"):
-        SqliteLedger(path)
-    assert not path.exists()
-    shutil.copy(tmp_path / "backup.sqlite", path)
-    assert SqliteLedger(path).recover() != ()
-
-
-def test_a_witness_of_another_source_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
-    path = restored(tmp_path)
-    witness = tmp_path / "ledger.sqlite.witness"
-    text = witness.read_text()
-    for content, says in ((text.replace('"s"', '"t"'), "not of 's'"), (text[:-9], "damaged")):
-        witness.write_text(content)
-        with pytest.raises(LedgerError, match=says):
-            SqliteLedger(path).spent()
 
 
 def test_two_processes_cannot_jointly_exceed_a_budget(tmp_path: Path) -> None:
