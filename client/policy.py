@@ -1,38 +1,15 @@
-"""What a site's operator allows. A job can only ask for less: whoever may submit one could
-otherwise burn a site's lifetime budget with it.
-
-A policy file is TOML, written by the operator and read by nobody else::
-
-    client = "hospital-a"
-    declared_size = 11000            # N; must be what the run declares for this client
-    unit = "user"                    # or "example"
-    rows_per_user = 16               # rows of one user that a step uses at most
-
-    [budget]
-    delta = 1e-6                     # largest δ that a run may promise at
-    epsilon_total = 10.0             # over everything in the ledger
-    epsilon_per_run = 8.0
-    epsilon_per_month = 9.0          # the last thirty days
-    max_joins = 40
-
-    [allow]
-    train = ["b", "head"]            # roles that jobs may train
-    bases = ["53aa51…"]              # sha256 of base weights
-"""
+"""What a site keeps to in one run: the terms of the run, and what its operator allows."""
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Callable, Mapping
+import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from fedlr import checks
-from fedlr.errors import ConfigError
 from fedlr.methods.method import Role
 from fedlr.privacy.accounting import Accountant
-from fedlr.privacy.events import UNITS
+from fedlr.privacy.limits import Limits
 from fedlr.training.jobs import Job
 
 
@@ -54,9 +31,11 @@ class SitePolicy:
         epsilon_per_run: The same for one run; None sets no bound of its own.
         epsilon_per_month: The same for the last thirty days; None likewise.
         unit: Unit of privacy.
-        max_joins: Rounds this site may join before it stops.
+        max_joins: Rounds of one run that this site may join before it stops.
         accountant: Accountant of the reported ε.
         public_seed: Seed of Poisson draws where ``mode`` is not ``dp``.
+        max_joins_total: Rounds of all runs in its ledger that it may join; None has no
+            bound of its own.
         train: Roles that jobs may train; None allows all.
         bases: sha256 of base weights that jobs may be made for; None allows all.
         rows_per_user: Rows of one user that a step uses at most; None has no bound of
@@ -78,6 +57,7 @@ class SitePolicy:
     public_seed: int
     epsilon_per_run: float | None = None
     epsilon_per_month: float | None = None
+    max_joins_total: int | None = None
     train: frozenset[Role] | None = None
     bases: frozenset[str] | None = None
     rows_per_user: int | None = None
@@ -113,101 +93,23 @@ class SitePolicy:
         return None
 
 
-_TOP = ("client", "declared_size", "unit", "rows_per_user", "budget", "allow")
-_BUDGET = ("delta", "epsilon_total", "epsilon_per_run", "epsilon_per_month", "max_joins")
-_ALLOW = ("train", "bases")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The content of a policy file; None where it says nothing.
-
-    Attributes:
-        client: Whose policy it is.
-        declared_size: N.
-        unit: Unit of privacy.
-        rows_per_user: Rows of one user that a step uses at most.
-        delta: Largest δ.
-        epsilon_total: Largest ε over everything in the ledger.
-        epsilon_per_run: Largest ε of one run.
-        epsilon_per_month: Largest ε of thirty days.
-        max_joins: Most rounds in the ledger.
-        train: Roles that may be trained.
-        bases: sha256 of base weights that may be trained on.
-    """
-
-    client: str | None = None
-    declared_size: int | None = None
-    unit: str | None = None
-    rows_per_user: int | None = None
-    delta: float | None = None
-    epsilon_total: float | None = None
-    epsilon_per_run: float | None = None
-    epsilon_per_month: float | None = None
-    max_joins: int | None = None
-    train: frozenset[Role] | None = None
-    bases: frozenset[str] | None = None
-
-
-def read_limits(path: Path) -> Limits:
-    """Return what a policy file allows.
-
-    Raises:
-        ConfigError: It cannot be read, is no TOML, or has a key or value that is not
-            known; all problems at once. A key that is ignored could be the one that counts.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError([f"policy {path} cannot be read: {error.strerror or error}"]) from error
-    except ValueError as error:
-        raise ConfigError([f"policy {path} is no TOML: {error}; correct it"]) from error
-    flat, problems = _flatten(values)
-    for name, check in _CHECKS.items():
-        if name in flat:
-            try:
-                flat[name] = check(name, flat[name])
-            except (ValueError, TypeError) as error:
-                problems.append(str(error))
-    if problems:
-        raise ConfigError([f"policy {path}: {problem}" for problem in problems])
-    return Limits(**flat)
-
-
 def tighten(policy: SitePolicy, limits: Limits) -> SitePolicy:
     """Return ``policy`` with the smaller of each bound.
 
-    Raises:
-        ConfigError: The run is not private, or the file is another client's, declares
-            another size or unit than the run, or a smaller δ: noise was calibrated for
-            the run's.
+    A site with a ledger over all runs keeps to the operator's bounds in all of it, and
+    to the run's own within the run.
     """
-    problems = []
-    if policy.mode != "dp":
-        problems.append(
-            f"the policy of {policy.client} allows private training alone, the run has "
-            f"privacy.mode = {policy.mode}; set privacy=dp, or take the file away"
-        )
-    for name in ("client", "declared_size", "unit"):
-        wanted, found = getattr(limits, name), getattr(policy, name)
-        if wanted is not None and wanted != found:
-            problems.append(
-                f"the policy of {policy.client} says {name} = {wanted!r}, the run {found!r}; make "
-                "them agree"
-            )
-    if limits.delta is not None and policy.delta > limits.delta:
-        problems.append(
-            f"the policy of {policy.client} allows δ ≤ {limits.delta:g}, the run promises at "
-            f"{policy.delta:g}; lower privacy.delta"
-        )
-    if problems:
-        raise ConfigError(problems)
+    of_run = limits.epsilon_per_run
+    total = _least(policy.epsilon, limits.epsilon_total)
+    if limits.ledger is not None:
+        of_run = _least(policy.epsilon, of_run)
+        total = _least(math.inf, limits.epsilon_total)
     return replace(
         policy,
-        epsilon=_least(policy.epsilon, limits.epsilon_total),
-        epsilon_per_run=limits.epsilon_per_run,
+        epsilon=total,
+        epsilon_per_run=of_run,
         epsilon_per_month=limits.epsilon_per_month,
-        max_joins=_least(policy.max_joins, limits.max_joins),
+        max_joins_total=limits.max_joins,
         rows_per_user=limits.rows_per_user,
         train=limits.train,
         bases=limits.bases,
@@ -216,64 +118,3 @@ def tighten(policy: SitePolicy, limits: Limits) -> SitePolicy:
 
 def _least(one: Any, other: Any) -> Any:
     return one if other is None else min(one, other)
-
-
-def _flatten(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the values of all sections by name, and what is not known."""
-    flat, problems = {}, []
-    for place, known in (("", _TOP), ("budget", _BUDGET), ("allow", _ALLOW)):
-        section = values.get(place, {}) if place else values
-        if not isinstance(section, Mapping):
-            problems.append(f"{place} = {section!r} must be a section, [{place}]")
-            continue
-        for name, value in section.items():
-            if name not in known:
-                label = f"{place}.{name}" if place else name
-                problems.append(f"there is no {label}; known are {', '.join(known)}")
-            elif name not in ("budget", "allow"):
-                flat[name] = value
-    return flat, problems
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} = {value!r} must be a text")
-    return value
-
-
-def _texts(name: str, value: Any) -> frozenset[str]:
-    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-        raise ValueError(f"{name} = {value!r} must be a list of texts, not empty")
-    return frozenset(value)
-
-
-def _roles(name: str, value: Any) -> frozenset[Role]:
-    known = [role.value for role in Role]
-    return frozenset(Role(checks.one_of(name, text, known)) for text in _texts(name, value))
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} = {value!r} must be an integer")
-    return checks.at_least(name, value, 1)
-
-
-def _bound(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} = {value!r} must be a number")
-    return checks.positive(name, float(value))
-
-
-_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
-    "client": _text,
-    "declared_size": _whole,
-    "unit": lambda name, value: checks.one_of(name, value, UNITS),
-    "rows_per_user": _whole,
-    "delta": lambda name, value: checks.in_range(name, _bound(name, value), 0.0, 0.5),
-    "epsilon_total": _bound,
-    "epsilon_per_run": _bound,
-    "epsilon_per_month": _bound,
-    "max_joins": _whole,
-    "train": _roles,
-    "bases": _texts,
-}

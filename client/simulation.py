@@ -12,17 +12,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from client.policy import Limits, SitePolicy, read_limits, tighten
+from client.policy import SitePolicy, tighten
 from client.site import Site
 from fedlr.build import Workbench, build
 from fedlr.config import RunConfig, from_json
 from fedlr.doctor.checkup import quick
-from fedlr.errors import ConfigError, LedgerError
-from fedlr.orders import SiteOrder, ledger_path, ledger_source
-from fedlr.planning import ClientPlan, client_name, max_joins
+from fedlr.errors import LedgerError
+from fedlr.orders import SiteOrder, read_policies
+from fedlr.planning import ClientPlan, max_joins
 from fedlr.privacy.booking import Booking, History, JobKey, Ledger
 from fedlr.privacy.events import Release
 from fedlr.privacy.ledger import MemoryLedger, SqliteLedger
+from fedlr.privacy.limits import Limits
 
 
 class NodeContext(Protocol):
@@ -34,26 +35,25 @@ class NodeContext(Protocol):
         ...
 
 
-def make_sites(
-    workbench: Workbench, ledgers: Path | None, run: str | None = None, resumed: bool = False
-) -> list[Site]:
+def make_sites(workbench: Workbench, order: SiteOrder | None) -> list[Site]:
     """Return one site per client, in client order.
 
     Args:
         workbench: What `fedlr.build.build` returned.
-        ledgers: Existing folder that gets one SQLite ledger per client; None
-            keeps ledgers in memory, for tests.
-        run: Identifier of the run; its ledgers are then those of `fedlr.orders`, so
-            a run may go on with another engine. None names ledgers by client alone.
-        resumed: Whether sites may have spent already. No ledger is made then: a
-            client whose file is lost abstains.
+        order: Of the run; its ledgers are there already, and none is made: a client
+            whose file is lost abstains. None keeps ledgers in memory, for tests.
     """
-    names = [plan.name for plan in workbench.clients]
-    if ledgers is None:
-        books: list[Ledger] = [MemoryLedger() for _ in names]
-    else:
-        books = [_ledger(ledgers, name, run, resumed) for name in names]
-    return [_site(workbench, *pair) for pair in zip(workbench.clients, books, strict=True)]
+    policies = read_policies(workbench.config)
+    return [
+        Site(
+            policy=_policy(workbench.config, plan, policies.get(plan.name)),
+            units=plan.units,
+            trainer=workbench.trainer,
+            ledger=_ledger(order, plan.name),
+            provenance=workbench.provenance,
+        )
+        for plan in workbench.clients
+    ]
 
 
 def site_in_actor(order: SiteOrder, context: NodeContext) -> Site:
@@ -87,43 +87,7 @@ def _resident(order: SiteOrder) -> tuple[Site, ...]:
     noise = dict(zip(order.clients, order.noise, strict=True))
     workbench = build(from_json(order.config), noise=noise, evaluate=False)
     quick(workbench)  # here too: the device of this process may be another one
-    return tuple(
-        _site(workbench, plan, open_ledger(order.ledger(plan.name), order.source(plan.name)))
-        for plan in workbench.clients
-    )
-
-
-def read_policies(config: RunConfig) -> dict[str, Limits]:
-    """Return what the operators of simulated sites allow, by client.
-
-    Raises:
-        ConfigError: ``privacy.policies`` is no folder, or a file in it is wrong; all
-            problems at once.
-    """
-    if config.privacy.policies is None:
-        return {}
-    folder = Path(config.privacy.policies).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(
-            [f"privacy.policies = {str(folder)!r} is no folder; give one with <client>.toml files"]
-        )
-    found, problems = {}, list[str]()
-    names = {client_name(index) for index in range(config.federation.clients)}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() == ".toml" and path.stem not in names:
-            problems.append(
-                f"policy {path} is no client's; the clients are {client_name(0)} to "
-                f"{client_name(config.federation.clients - 1)}"
-            )
-        if path.suffix != ".toml":
-            continue
-        try:
-            found[path.stem] = read_limits(path)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return found
+    return tuple(make_sites(workbench, order))
 
 
 def open_ledger(path: Path, source_id: str) -> Ledger:
@@ -172,7 +136,7 @@ class UnreachableLedger:
         """Raise LedgerError."""
         self._refuse()
 
-    def joins(self) -> int:
+    def joins(self, run: str | None = None) -> int:
         """Raise LedgerError."""
         self._refuse()
 
@@ -187,18 +151,7 @@ class UnreachableLedger:
         )
 
 
-def _site(workbench: Workbench, plan: ClientPlan, ledger: Ledger) -> Site:
-    return Site(
-        policy=_policy(workbench, plan),
-        units=plan.units,
-        trainer=workbench.trainer,
-        ledger=ledger,
-        provenance=workbench.provenance,
-    )
-
-
-def _policy(workbench: Workbench, plan: ClientPlan) -> SitePolicy:
-    config = workbench.config
+def _policy(config: RunConfig, plan: ClientPlan, limits: Limits | None) -> SitePolicy:
     policy = SitePolicy(
         client=plan.name,
         mode=config.privacy.mode,
@@ -214,11 +167,10 @@ def _policy(workbench: Workbench, plan: ClientPlan) -> SitePolicy:
         accountant=config.privacy.accountant,
         public_seed=config.seed,
     )
-    limits = read_policies(config).get(plan.name)
     return policy if limits is None else tighten(policy, limits)
 
 
-def _ledger(folder: Path, client: str, run: str | None, resumed: bool) -> Ledger:
-    path = ledger_path(folder, client)
-    source = client if run is None else ledger_source(run, client)
-    return open_ledger(path, source) if resumed else SqliteLedger(path, source)
+def _ledger(order: SiteOrder | None, client: str) -> Ledger:
+    if order is None:
+        return MemoryLedger()
+    return open_ledger(order.ledger(client), order.source(client))

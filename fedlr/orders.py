@@ -7,13 +7,15 @@ in which everything spent elsewhere would be missing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedlr.config import RunConfig, to_json
-from fedlr.errors import RunError
+from fedlr.errors import ConfigError, LedgerError, RunError
+from fedlr.planning import ClientPlan, client_name
 from fedlr.privacy.ledger import SqliteLedger
+from fedlr.privacy.limits import Declared, Limits, read_limits
 from fedlr.report import strict_json
 from fedlr.report.folder import output_folder
 from fedlr.report.records import write_atomically
@@ -26,61 +28,161 @@ class SiteOrder:
     Attributes:
         config: Canonical JSON of the configuration.
         run: Identifier of the run, as in its jobs.
-        ledgers: Absolute path of the folder with the ledgers.
         clients: Names of all clients, in client order.
         noise: Their σ, calibrated once where the run starts.
+        ledgers: Absolute paths of their ledgers.
+        sources: What each ledger is for: ``<run>/<client>``, one run's releases and no
+            other's, or the source id that the client's operator gave to their own.
     """
 
     config: str
     run: str
-    ledgers: str
     clients: tuple[str, ...]
     noise: tuple[float, ...]
+    ledgers: tuple[str, ...]
+    sources: tuple[str, ...]
 
     def ledger(self, client: str) -> Path:
         """Return the file of a client's ledger."""
-        return ledger_path(Path(self.ledgers), client)
+        return Path(self.ledgers[self.clients.index(client)])
 
     def source(self, client: str) -> str:
-        """Return what the client's ledger is for; see `ledger_source`."""
-        return ledger_source(self.run, client)
+        """Return what the client's ledger is for."""
+        return self.sources[self.clients.index(client)]
+
+    def is_own(self, client: str) -> bool:
+        """Return whether the client's ledger is the run's own, not its operator's."""
+        return self.source(client) == _source(self.run, client)
 
 
-def ledger_path(folder: Path, client: str) -> Path:
-    """Return the file of a simulated client's ledger in ``folder``."""
-    return folder / f"{client}.sqlite"
+def read_policies(config: RunConfig) -> dict[str, Limits]:
+    """Return what the operators of simulated sites allow, by client.
+
+    Raises:
+        ConfigError: ``privacy.policies`` is no folder, or a file in it is wrong; all
+            problems at once.
+    """
+    if config.privacy.policies is None:
+        return {}
+    folder = Path(config.privacy.policies).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            [f"privacy.policies = {str(folder)!r} is no folder; give one with <client>.toml files"]
+        )
+    found, problems = {}, list[str]()
+    names = {client_name(index) for index in range(config.federation.clients)}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() == ".toml" and path.stem not in names:
+            problems.append(
+                f"policy {path} is no client's; the clients are {client_name(0)} to "
+                f"{client_name(config.federation.clients - 1)}"
+            )
+        if path.suffix != ".toml":
+            continue
+        try:
+            found[path.stem] = read_limits(path)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return found
 
 
-def ledger_source(run: str, client: str) -> str:
-    """Return what a simulated client's ledger is for: one run's releases and no other's."""
+def check_policies(
+    config: RunConfig, clients: Sequence[ClientPlan], labels: tuple[str, ...]
+) -> None:
+    """Check that every client can take part under its operator's policy, before a run begins.
+
+    Args:
+        config: The run.
+        clients: What it declares of them.
+        labels: Its label list.
+
+    Raises:
+        ConfigError: A policy does not fit the run, or names a ledger that is not there or is
+            another source's, or two name one; all problems at once.
+    """
+    policies = read_policies(config)
+    problems, owners = list[str](), dict[Path, str]()
+    for client in clients:
+        limits = policies.get(client.name)
+        if limits is None:
+            continue
+        run = Declared(
+            client=client.name,
+            mode=config.privacy.mode,
+            declared_size=client.declared_size,
+            unit=config.privacy.unit,
+            delta=client.delta,
+            method=config.method.name,
+            labels=labels,
+        )
+        problems += limits.conflicts(run)
+        if limits.ledger is not None:
+            problems += _about_ledger(client.name, limits.ledger, limits.source_id)
+            if (other := owners.setdefault(limits.ledger, client.name)) != client.name:
+                problems.append(
+                    f"the policies of {other} and {client.name} name one ledger, {limits.ledger}; "
+                    "give each client that of its own data"
+                )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _about_ledger(client: str, path: Path, source_id: str | None) -> list[str]:
+    """Return what is wrong with the ledger that a client's policy names."""
+    if not path.exists():
+        return [
+            f"the policy of {client} names the ledger {path}, which does not exist; bring it "
+            f"back, or for data that never had one: fedlr ledger new {path} --source-id "
+            f"{source_id} --disjoint <reason>"
+        ]
+    try:
+        SqliteLedger(path, source_id).close()
+    except LedgerError as error:
+        return [f"the policy of {client}: {error}"]
+    return []
+
+
+def _source(run: str, client: str) -> str:
     return f"{run}/{client}"
 
 
 def prepare(
-    config: RunConfig, run: str, ledgers: Path, noise: Mapping[str, float], resumed: bool = False
+    config: RunConfig, run: str, folder: Path, noise: Mapping[str, float], resumed: bool = False
 ) -> SiteOrder:
     """Make the ledgers of a run that starts, and return the order for its actors.
 
     Args:
         config: The configuration of the run.
         run: Its identifier.
-        ledgers: Existing folder; actors on other machines need it at the same path.
+        folder: Gets the ledgers of clients whose operators name none; made where it is
+            missing. Actors on other machines need it at the same path.
         noise: σ by client, in client order.
         resumed: Whether sites may have spent already. No ledger is made then: a
             client whose file is lost abstains.
 
     Raises:
         LedgerError: A ledger cannot be made, or a file there is another run's.
+        ConfigError: As `read_policies`.
     """
+    policies, ledgers, sources = read_policies(config), list[str](), list[str]()
+    for client in noise:
+        limits = policies.get(client, Limits())
+        own = limits.ledger is None or limits.source_id is None
+        ledgers.append(str(folder.absolute() / f"{client}.sqlite" if own else limits.ledger))
+        sources.append(_source(run, client) if own else str(limits.source_id))
     order = SiteOrder(
         config=to_json(_absolute(config)),
         run=run,
-        ledgers=str(ledgers.absolute()),
         clients=tuple(noise),
         noise=tuple(noise.values()),
+        ledgers=tuple(ledgers),
+        sources=tuple(sources),
     )
     if not resumed:
-        for client in order.clients:
+        folder.mkdir(exist_ok=True)
+        for client in filter(order.is_own, order.clients):
             # The machines of a cluster share the run folder.
             shared = config.federation.address is not None
             SqliteLedger(order.ledger(client), order.source(client), shared).close()

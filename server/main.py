@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
-from datetime import datetime
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -15,7 +14,8 @@ from fedlr.config import RunConfig, from_json
 from fedlr.config.nodes import for_nodes
 from fedlr.errors import RunError
 from fedlr.orders import order_file, write_order
-from fedlr.report.folder import check_output, create_run_folder, output_folder
+from fedlr.report.folder import check_output, output_folder
+from fedlr.report.live import say
 from fedlr.report.tables import show_closing
 from server.session import Session, begin, strategy_config
 
@@ -79,27 +79,17 @@ def run(grid: Grid, context: Context) -> None:
         order_file(config.output, context.run_id).unlink(missing_ok=True)
         session.close()
     show_closing(summary, outcome.records, sys.stdout)
-    _say(f"the run is in {session.folder.absolute()}")
-    if summary.rounds == 0:
-        raise RunError(
-            f"no round was completed; {outcome.stopped_reason}. What was recorded is in "
-            f"{session.folder}"
-        )
+    say(f"the run is in {session.folder.absolute()}")
+    session.check_progress(summary, outcome)
 
 
 def _begin(config: RunConfig, flower_run: int) -> Session:
     """Make the run folder and its ledgers, and leave the order for the nodes."""
     began = time.monotonic()
-    workbench = build(config, _say)
-    folder = create_run_folder(output_folder(config.output), config.name, datetime.now())
-    session = begin(workbench, folder, began)
+    workbench = build(config, say)
+    session = begin(workbench, began, say)
     write_order(order_file(config.output, flower_run), session.order)
     return session
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"fedlr: {line}\n")
-    sys.stderr.flush()
 
 
 app = ServerApp()

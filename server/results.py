@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,9 +62,8 @@ def ledger_epsilon(config: RunConfig, facts: RunFacts, order: SiteOrder) -> dict
         path = order.ledger(client.client)
         with suppress(LedgerError):
             if path.exists():
-                ledger = SqliteLedger(path, order.source(client.client))
-                spent = ledger.spent()
-                ledger.close()
+                with closing(SqliteLedger(path, order.source(client.client))) as ledger:
+                    spent = ledger.spent()
                 found[client.client] = epsilon(spent, client.delta, config.privacy.accountant)
     return found
 

@@ -6,8 +6,9 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -16,9 +17,11 @@ from fedlr.build import Workbench, build
 from fedlr.config import RunConfig, from_mapping, to_json
 from fedlr.doctor.checkup import quick
 from fedlr.errors import ConfigError, RunError
-from fedlr.orders import SiteOrder, prepare
+from fedlr.orders import SiteOrder, check_policies, prepare
+from fedlr.planning import Say
+from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report.facts import ClientFacts, RunFacts, check_same, read_facts, write_facts
-from fedlr.report.folder import CONFIG_FILE, write_config
+from fedlr.report.folder import CONFIG_FILE, create_run_folder, output_folder, write_config
 from fedlr.report.live import LiveProgress
 from fedlr.report.records import RoundLog, Summary, read_summary
 from server.hooks import Hooks
@@ -94,36 +97,48 @@ class Session:
         write_results(self.workbench, outcome, summary, self.folder)
         return summary
 
+    def check_progress(self, summary: Summary, outcome: Outcome) -> None:
+        """Raise RunError where this process completed no round, with the reason."""
+        if outcome.stopped_reason and summary.rounds == self.start.state.round:
+            raise RunError(
+                f"no round was completed; {outcome.stopped_reason}. What was recorded is in "
+                f"{self.folder}"
+            )
+
     def close(self) -> None:
         """Let go of the journal: another process may resume the run."""
         self.journal.close()
 
 
-def begin(workbench: Workbench, folder: Path, began: float | None = None) -> Session:
-    """Start a run in its new folder: configuration, ledgers, the head as it is now, facts.
+def begin(workbench: Workbench, began: float | None = None, say: Say = lambda _: None) -> Session:
+    """Start a run in a new folder: configuration, ledgers, the head as it is now, facts.
 
     The facts come last: a folder that has them is a run with all its ledgers, and a
-    resumed run never makes one.
+    resumed run never makes one. Where something is wrong before, there is no folder.
 
     Args:
         workbench: What will run.
-        folder: The run folder, existing and new.
         began: Monotonic clock at the start of the work, seconds; None is now.
+        say: Told what the operators of sites should know, on this console alone.
 
     Raises:
-        RunError: The folder cannot be written.
+        RunError: The folder cannot be made.
+        ConfigError: An operator's policy does not allow the run.
         DoctorError: The private step does not do here what it promises.
     """
     began = time.monotonic() if began is None else began
     config = workbench.config
+    check_policies(config, workbench.clients, workbench.data.label_names)
     quick(workbench)
+    folder = create_run_folder(output_folder(config.output), config.name, datetime.now())
     write_config(folder, to_json(config))
     facts = facts_of(workbench, f"{folder.parent.name}-{folder.name}-{secrets.token_hex(4)}")
     journal = FileJournal(folder)
     write_head(folder, workbench.whole_head)
-    (folder / LEDGERS).mkdir(exist_ok=True)
     order = prepare(config, facts.run, folder / LEDGERS, _noise(facts))
+    facts = replace(facts, notices=(*facts.notices, *_about_ledgers(order)))
     write_facts(folder, facts)
+    _observe(workbench, order, say)
     return Session(workbench, folder, facts, order, _first(workbench), journal, began)
 
 
@@ -144,7 +159,7 @@ def order_of(folder: Path, config: RunConfig, facts: RunFacts) -> SiteOrder:
     return prepare(config, facts.run, folder / LEDGERS, _noise(facts), resumed=True)
 
 
-def resume(folder: Path, say: Callable[[str], None] = lambda _: None) -> Session:
+def resume(folder: Path, say: Say = lambda _: None) -> Session:
     """Continue the run in ``folder`` after its last completed round.
 
     Args:
@@ -163,10 +178,12 @@ def resume(folder: Path, say: Callable[[str], None] = lambda _: None) -> Session
     try:
         workbench = build(config, say, _noise(facts))
         check_same(facts, facts_of(workbench, facts.run), _FIXED)
+        check_policies(config, workbench.clients, workbench.data.label_names)
         quick(workbench)
         start = journal.checkpoint(workbench.layout) or _first(workbench)
         order = order_of(folder, config, facts)
         _check_ledgers(config, facts, order, start)
+        _observe(workbench, order, say)
     except BaseException:
         journal.close()
         raise
@@ -202,7 +219,7 @@ def facts_of(workbench: Workbench, run: str) -> RunFacts:
         run=run,
         config_sha256=_digest(config),
         model=workbench.base.name,
-        data=config.data.name or config.data.path or config.data.kind,
+        data=config.data.label,
         data_sha256=workbench.data.publishable_sha256,
         label_names=workbench.data.label_names,
         majority=workbench.majority,
@@ -257,9 +274,45 @@ def _digest(config: RunConfig) -> str:
     return hashlib.sha256(to_json(config).encode()).hexdigest()
 
 
+def _about_ledgers(order: SiteOrder) -> tuple[str, ...]:
+    """Return what readers of the result must know of ledgers that other runs write to as well."""
+    standing = [client for client in order.clients if not order.is_own(client)]
+    if not standing:
+        return ()
+    return (
+        f"ε of {', '.join(standing)} is that of their operators' own ledgers: of everything "
+        "released from those data, by this run and by others.",
+    )
+
+
+def _observe(workbench: Workbench, order: SiteOrder, say: Say) -> None:
+    """Let operators' own ledgers notice that their data have changed."""
+    for plan in workbench.clients:
+        if not order.is_own(plan.name):
+            with closing(SqliteLedger(order.ledger(plan.name), order.source(plan.name))) as ledger:
+                changed = ledger.observe(workbench.data.rows_sha256(plan.units.rows))
+            if changed:
+                say(
+                    f"the rows of {plan.name} are not those that its ledger saw last; what was "
+                    "released before goes on counting. A unit that another client had before has "
+                    "spent there too: keep seed and partition, or compose the ledgers"
+                )
+
+
 def _check_ledgers(config: RunConfig, facts: RunFacts, order: SiteOrder, at: Checkpoint) -> None:
-    """Raise RunError where a ledger has forgotten what the run knows of it."""
-    for client, found in ledger_epsilon(config, facts, order).items():
+    """Raise RunError where a ledger is gone, or has forgotten what the run knows of it."""
+    readable = ledger_epsilon(config, facts, order)
+    for client in order.clients if config.privacy.mode == "dp" else ():
+        if client not in readable:
+            path = order.ledger(client)
+            if path.exists():  # it says itself what is wrong with it
+                with closing(SqliteLedger(path, order.source(client))) as ledger:
+                    ledger.spent()
+            raise RunError(
+                f"the ledger {path} of {client} is gone: what it spent would be forgotten, and it "
+                "could not take part; bring it back"
+            )
+    for client, found in readable.items():
         known = at.epsilon.get(client, 0.0)
         if found < known * (1 - 1e-9):
             raise RunError(

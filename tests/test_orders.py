@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from fedlr.config import RunConfig, from_json
-from fedlr.errors import LedgerError, RunError
-from fedlr.orders import order_file, prepare, read_order, write_order
+from fedlr.config import PrivacyConfig, RunConfig, from_json
+from fedlr.errors import ConfigError, LedgerError, RunError
+from fedlr.orders import check_policies, order_file, prepare, read_order, write_order
+from fedlr.planning import ClientPlan
 from fedlr.privacy.ledger import SqliteLedger
+from tests.models import units_of
 
 SIGMA = {"client-000": 1.5, "client-001": 0.1 + 0.2}
 
@@ -19,8 +21,9 @@ def test_an_order_names_what_the_run_is_made_of(tmp_path: Path) -> None:
     assert from_json(order.config) == RunConfig(seed=3)
     assert dict(zip(order.clients, order.noise, strict=True)) == SIGMA
     assert sorted(tmp_path.iterdir()) == [order.ledger(name) for name in SIGMA]
-    assert Path(order.ledgers).is_absolute()
     for name in SIGMA:
+        assert order.ledger(name).is_absolute()
+        assert order.is_own(name)
         assert SqliteLedger(order.ledger(name)).source_id == f"run-1/{name}"
 
 
@@ -59,3 +62,51 @@ def test_an_order_that_cannot_be_written_names_the_folder(tmp_path: Path) -> Non
     order = prepare(RunConfig(), "run-1", tmp_path, {})
     with pytest.raises(RunError, match="file/flower cannot be made"):
         write_order(order_file(str(tmp_path / "file"), 7), order)
+
+
+def kept(folder: Path, client: str = "client-000", source: str = "ward-7") -> RunConfig:
+    """A run whose one client has an operator with a ledger of their own."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{client}.toml").write_text(
+        f'ledger = "ward.sqlite"\nsource_id = "{source}"\n[budget]\nepsilon_total = 9\n'
+    )
+    return RunConfig(privacy=PrivacyConfig(policies=str(folder)))
+
+
+def plan(client: str, size: int = 8) -> ClientPlan:
+    return ClientPlan(client, units_of([1]), size, 1e-5, 1.5)
+
+
+def test_an_operators_own_ledger_is_used_and_never_made(tmp_path: Path) -> None:
+    config = kept(tmp_path / "policies")
+    order = prepare(config, "run-1", tmp_path / "ledgers", SIGMA)
+    assert order.ledger("client-000") == tmp_path.resolve() / "policies" / "ward.sqlite"
+    assert order.source("client-000") == "ward-7"
+    assert [order.is_own(name) for name in SIGMA] == [False, True]
+    assert list((tmp_path / "ledgers").iterdir()) == [order.ledger("client-001")]
+
+
+def test_a_ledger_that_a_policy_names_must_be_there_and_be_its_own(tmp_path: Path) -> None:
+    config, labels = kept(tmp_path), ("a", "b")
+    with pytest.raises(
+        ConfigError, match=r"ward\.sqlite, which does not exist.*--source-id ward-7"
+    ):
+        check_policies(config, [plan("client-000")], labels)
+    SqliteLedger(tmp_path / "ward.sqlite", "ward-7").close()
+    check_policies(config, [plan("client-000")], labels)
+    kept(tmp_path, "client-001", "ward-8")
+    with pytest.raises(ConfigError) as caught:
+        check_policies(config, [plan("client-000"), plan("client-001")], labels)
+    first, second = caught.value.problems
+    assert "belongs to the data source 'ward-7', not to 'ward-8'" in first
+    assert "client-000 and client-001 name one ledger" in second
+
+
+def test_conflicts_of_all_clients_are_told_at_once(tmp_path: Path) -> None:
+    for name in SIGMA:
+        (tmp_path / f"{name}.toml").write_text("declared_size = 9\n")
+    config = RunConfig(privacy=PrivacyConfig(policies=str(tmp_path)))
+    with pytest.raises(ConfigError) as caught:
+        check_policies(config, [plan(name) for name in SIGMA], ("a", "b"))
+    for name, problem in zip(SIGMA, caught.value.problems, strict=True):
+        assert f"the policy of {name} says declared_size = 9, the run 8" in problem

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from fedlr.cli.arguments import Parser
 from fedlr.cli.compose import compose
 from fedlr.config import RunConfig
 from fedlr.errors import ConfigError
+from fedlr.report.live import say
 from fedlr.report.units import privacy_loss
 
 if TYPE_CHECKING:
@@ -80,21 +80,24 @@ def audit(config: RunConfig, canaries: int = 1000, confidence: float = 0.95) -> 
     from fedlr.audit.run import Subject, attack, claim_of, first_job, judge
     from fedlr.audit.trainer import CanaryTrainer
     from fedlr.build import build
+    from fedlr.orders import prepare
 
-    bench = build(config, _say, evaluate=False)
+    bench = build(config, say, evaluate=False)
     plan, trainer, coins = bench.clients[0], CanaryTrainer(bench.trainer), toss(canaries)
     units = CanaryUnits.join(plan.units, coins, trainer.shortest_row)
     bench = replace(bench, trainer=trainer, clients=(replace(plan, units=units),))
     job = first_job(bench.method, bench.layout, config.seed, bench.provenance)
     with TemporaryDirectory(prefix="fedlr-audit-") as folder:
-        (site,) = make_sites(bench, Path(folder))
+        # Nothing is released, so nothing is booked in a ledger that an operator keeps.
+        alone = replace(config, privacy=replace(config.privacy, policies=None))
+        order = prepare(alone, "audit", Path(folder), {plan.name: plan.noise_multiplier})
+        (site,) = make_sites(bench, order)
         policy = site.policy
         subject = Subject(
             site, trainer, job, policy.max_joins, policy.clip_norm, policy.sample_rate
         )
-        found = attack(subject, coins, _say)
-        ledger = Path(folder) / f"{plan.name}.sqlite"
-        claim = claim_of(ledger, policy.delta, policy.accountant)
+        found = attack(subject, coins, say)
+        claim = claim_of(order.ledger(plan.name), policy.delta, policy.accountant)
     return judge(found, claim, confidence)
 
 
@@ -146,7 +149,3 @@ def _record(report: Report) -> dict[str, float | int | bool | None]:
         "largest_possible_bound": report.ceiling,
         "exceeded": report.exceeded,
     }
-
-
-def _say(line: str) -> None:
-    print(f"fedlr: {line}", file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedlr.cli.arguments import Parser
 from fedlr.cli.compose import compose
 from fedlr.errors import DoctorError
+from fedlr.report.live import say
 from fedlr.report.units import printable
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def run(words: Sequence[str]) -> int:
     config = compose(given.overrides)
     from fedlr.doctor.checkup import examine
 
-    findings = examine(config, _say)
+    findings = examine(config, say)
     sound = all(finding.passed for finding in findings)
     if given.json:
         print(json.dumps({"passed": sound, "findings": [_record(f) for f in findings]}))
@@ -78,7 +78,3 @@ def _record(finding: Finding) -> dict[str, Any]:
         "remedy": finding.remedy or None,
         "seconds": round(finding.seconds, 3),
     }
-
-
-def _say(line: str) -> None:
-    print(f"fedlr: {line}", file=sys.stderr, flush=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlr.cli.compose import choices, compose, compose_mapping
 from fedlr.config import RunConfig
-from fedlr.errors import ConfigError, RunError
-from fedlr.report.folder import check_output, create_run_folder, output_folder
+from fedlr.errors import ConfigError
+from fedlr.report.folder import check_output, output_folder
+from fedlr.report.live import say
 from fedlr.report.records import read_rounds
 from fedlr.report.tables import show_closing
 
@@ -86,9 +86,7 @@ def simulate(config: RunConfig) -> Path:
     output = output_folder(config.output)
     check_output(output, config.name)
     _check_early(config)
-    workbench = build(config, _say)
-    folder = create_run_folder(output, config.name, datetime.now())
-    return _complete(begin(workbench, folder, began))
+    return _complete(begin(build(config, say), began, say))
 
 
 def resume(folder: Path) -> Path:
@@ -102,8 +100,8 @@ def resume(folder: Path) -> Path:
 
     summary = session.finished(folder)
     if summary is None:
-        return _complete(session.resume(folder, _say))
-    _say("the run is finished; nothing is left to do")
+        return _complete(session.resume(folder, say))
+    say("the run is finished; nothing is left to do")
     show_closing(summary, read_rounds(folder / ROUNDS), sys.stdout)
     return folder
 
@@ -121,20 +119,22 @@ def run_session(session: Session) -> Outcome:
 
 def _run_local(session: Session, server: ServerApp) -> None:
     """Call server and clients in this process, on one resident model."""
-    from client.app import make_client_app
+    from client.app import make_batch_handler, make_client_app
+    from client.fused import clients_together, train_fused
     from client.simulation import make_sites
     from server.app import run_in_process
     from server.grid import InProcessGrid
-    from server.session import LEDGERS
 
-    ledgers = session.folder / LEDGERS
-    sites = make_sites(session.workbench, ledgers, session.facts.run, resumed=True)
+    sites = make_sites(session.workbench, session.order)
     count = len(sites)
     client = make_client_app(lambda context: sites[int(context.node_config["partition-id"])])
     nodes: dict[int, UserConfig] = {
         index + 1: {"partition-id": index, "num-partitions": count} for index in range(count)
     }
-    run_in_process(server, InProcessGrid(client, nodes))
+    size = clients_together(session.config)
+    by_node = {index + 1: site for index, site in enumerate(sites)}
+    together = make_batch_handler(by_node, train_fused, size) if size > 1 else None
+    run_in_process(server, InProcessGrid(client, nodes, together))
 
 
 def _run_on_ray(session: Session, server: ServerApp) -> None:
@@ -149,7 +149,7 @@ def _run_on_ray(session: Session, server: ServerApp) -> None:
     )
     client = make_client_app(partial(site_in_actor, session.order))
     where = federation.address or "this machine"
-    _say(f"starting Ray on {where}; each of its processes loads the model")
+    say(f"starting Ray on {where}; each of its processes loads the model")
     run_on_ray(server, client, federation.clients, settings)
 
 
@@ -160,22 +160,19 @@ def _complete(session: Session) -> Path:
         outcome = run_session(session)
         summary = session.finish(outcome)
     except KeyboardInterrupt:
-        _say(f"stopped; `fedlr simulate {RESUME}{folder}` goes on after the last whole round")
+        say(f"stopped; `fedlr simulate {RESUME}{folder}` goes on after the last whole round")
         raise
     finally:
         session.close()
     show_closing(summary, outcome.records, sys.stdout)
-    if outcome.stopped_reason and summary.rounds == session.start.state.round:
-        raise RunError(
-            f"no round was completed; {outcome.stopped_reason}. What was recorded is in {folder}"
-        )
+    session.check_progress(summary, outcome)
     return folder
 
 
 def _check_early(config: RunConfig) -> None:
     """Raise now where the engine is not installed, or an operator's policy is wrong."""
     if config.privacy.policies is not None:
-        from client.simulation import read_policies
+        from fedlr.orders import read_policies
 
         read_policies(config)
     if config.federation.engine == "ray":
@@ -196,7 +193,3 @@ def _folder_to_resume(words: list[str]) -> Path:
             ]
         )
     return Path(folder).expanduser()
-
-
-def _say(line: str) -> None:
-    print(f"fedlr: {line}", file=sys.stderr, flush=True)

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
+
+
+def top_layers(text: str) -> tuple[int, ...] | None:
+    """Return the layer indices that ``top:k`` means; None where ``text`` is nothing such.
+
+    Example:
+        >>> top_layers("top:2"), top_layers("top:0")
+        ((-2, -1), None)
+    """
+    found = re.fullmatch(r"top:([1-9]\d?)", text)
+    return tuple(range(-int(found.group(1)), 0)) if found else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +51,8 @@ class ModelConfig:
         max_length: Tokens an example is cut at.
         random_weights: Ignore the weights and draw them from the public seed: for
             tests of the machinery, never for a result.
+        precision: ``float32`` or ``bfloat16``: what the frozen weights are rounded to and
+            computed in. A, B, head, gradients, clipping and noise are float32 always.
         head: The classification head.
     """
 
@@ -47,6 +61,7 @@ class ModelConfig:
     sha256: str | None = None
     max_length: int = 64
     random_weights: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
     head: HeadConfig = field(default_factory=HeadConfig)
 
 
@@ -69,6 +84,10 @@ class DataConfig:
         validation_fraction: Share cut off as public validation where there is no
             validation split.
         max_examples: Cap on training examples; null uses all.
+        cache: Folder, of the owner alone, in which tokens and hidden states of frozen
+            layers are kept and memory-mapped by later runs and other processes: a
+            path, absolute or from the current folder, ``~`` allowed. They are as
+            private as the text; deleting the folder removes them. null keeps nothing.
         public: Declares the data public: the only data that ``privacy.mode=dry``
             accepts. The one default that differs from ``conf/``: there the embedded
             data are declared public by name, while code must declare nothing so.
@@ -86,7 +105,13 @@ class DataConfig:
     validation_split: str | None = None
     validation_fraction: float = 0.2
     max_examples: int | None = None
+    cache: str | None = None
     public: bool = False
+
+    @property
+    def label(self) -> str:
+        """What reports call the data: the name on the hub, the path, or the kind."""
+        return self.name or self.path or self.kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +135,17 @@ class AdapterConfig:
         rank: r of every site.
         alpha: α; the scaling is α / r.
         modules: Suffixes of linear layer names, e.g. ``query``, ``output.dense``.
-        layers: Layer indices, negative ones counted from the top; null is all.
+        layers: Layer indices, negative ones counted from the top, or ``top:k`` for the
+            k top layers (read as -k, …, -1); null is all. What lies below is frozen and
+            computed once, see `KernelsConfig.prefix_cache_mb`.
     """
 
     rank: int = 8
     alpha: float = 8.0
     modules: tuple[str, ...] = ("query", "value", "dense")
-    layers: tuple[int, ...] | None = (-2, -1)
+    layers: tuple[int, ...] | None = field(
+        default=(-2, -1), metadata={"spelling": top_layers, "spelt": "top:k (1 ≤ k ≤ 99)"}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,18 +271,30 @@ class KernelsConfig:
     Attributes:
         gradients: ``captured`` (δᵀz of the adapter layers), ``opacus`` (its hooks),
             or ``autograd`` (one unit at a time: slow, the reference).
-        physical_batch: Rows per forward pass.
+        physical_batch: Most rows per forward pass; null measures how many fit the free
+            memory.
+        checkpointing: Compute the inside of adapted layers again in the backward pass
+            instead of keeping it.
+        tokens_per_batch: Most tokens per forward pass of training, rows × longest row; a
+            longer row passes alone. null takes 512 on a CPU, and on a GPU bounds the rows
+            only.
         threads: CPU threads of torch; null leaves torch's default.
         device: ``auto`` (CUDA when present), ``cpu`` or ``cuda``.
+        fused_clients: Clients of the engine ``local`` that share a pass through the model;
+            1 trains one after the other; null takes as many expected batches as fill a
+            physical one.
         prefix_cache_mb: Megabytes for the hidden states of the frozen layers below
             the first adapter, which are then computed once; 0 keeps none. Bounds
             the training and the validation rows separately, so twice it in all.
     """
 
     gradients: Literal["captured", "opacus", "autograd"] = "captured"
-    physical_batch: int = 32
+    physical_batch: int | None = 32
+    checkpointing: bool = False
+    tokens_per_batch: int | None = None
     threads: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    fused_clients: int | None = None
     prefix_cache_mb: int = 1024
 
 

@@ -130,6 +130,10 @@ class LoadedData:
             return self.sha256
         return _fingerprint(self.label_names, (self.validation,))
 
+    def rows_sha256(self, rows: Rows) -> str:
+        """Return a digest of some training rows, whatever their order. Private: for a ledger."""
+        return _fingerprint(self.label_names, (self.train.select(np.sort(rows)),))
+
 
 def check_label_names(names: tuple[str, ...]) -> None:
     """Raise ValueError unless ``names`` are at least two different names."""

@@ -50,7 +50,7 @@ def check_output(output: Path, name: str) -> None:
 
 
 def create_run_folder(output: Path, name: str, now: datetime) -> Path:
-    """Make ``<output>/<date>/<time>-<name>`` with its ``ledgers`` folder.
+    """Make ``<output>/<date>/<time>-<name>``.
 
     Args:
         output: Parent of all runs; made where it is missing.
@@ -75,7 +75,6 @@ def create_run_folder(output: Path, name: str, now: datetime) -> Path:
                 folder.mkdir()
             except FileExistsError:
                 continue
-            (folder / "ledgers").mkdir()
             return folder
     except OSError as error:
         raise RunError(

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
 
+def say(line: str) -> None:
+    """Print one line about what is being done, on standard error."""
+    sys.stderr.write(f"fedlr: {line}\n")
+    sys.stderr.flush()
+
+
 class Progress(Protocol):
     """What the round loop tells a display; called in this order, from one thread."""
 

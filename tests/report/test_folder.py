@@ -18,8 +18,7 @@ def test_two_runs_of_one_second_get_two_folders(tmp_path: Path) -> None:
     first, second = (create_run_folder(tmp_path, "name", NOW) for _ in range(2))
     assert first == tmp_path / "2031-02-03" / "04-05-06-name"
     assert second == tmp_path / "2031-02-03" / "04-05-06-name-2"
-    assert (first / "ledgers").is_dir()
-    assert (second / "ledgers").is_dir()
+    assert list(first.iterdir()) == list(second.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..\\x", "a b"])
