@@ -1,4 +1,5 @@
-"""What a run will cost its clients: ε after every round, of a sweep, on top of earlier runs.
+"""What a run will cost its clients: ε after every round, of a sweep, on top of earlier runs,
+and where a bound ends a client's part in it.
 
 Public numbers alone: nothing is trained and no row is read.
 """
@@ -6,22 +7,71 @@ Public numbers alone: nothing is trained and no row is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 from fedlr.config import RunConfig
 from fedlr.errors import ConfigError, LedgerError
 from fedlr.planning import Terms, max_joins
 from fedlr.privacy.accounting import Accountant, Cost, cost
+from fedlr.privacy.booking import History
 from fedlr.privacy.events import Release
 from fedlr.privacy.ledger import SqliteLedger
-from fedlr.report.plan import ClientForecast, Composed, PathPoint, RunForecast
+from fedlr.report.plan import ClientForecast, Composed, PathPoint, RunForecast, Stop
 
 PATH_POINTS = 10
 """Rounds after which ε is evaluated: all where there are no more, else evenly spaced ones."""
 
-Spent = Mapping[str, Sequence[Release]]
+
+@dataclass(frozen=True)
+class Earlier:
+    """A client's ledger before the run: history, rounds of all runs, those that count in each."""
+
+    history: History = field(default_factory=lambda: History(0, ()))
+    joins: int = 0
+    recovered: int = 0
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a client's operator allows; None where they say nothing.
+
+    Attributes:
+        epsilon_total: Largest ε over everything in the ledger.
+        epsilon_per_run: Largest ε of one run.
+        epsilon_per_month: Largest ε of thirty days, into which the whole run is taken
+            to fall.
+        month_start: The first of those days, counted from 1970.
+        max_joins: Most rounds in the ledger, over all runs.
+        own_ledger: Whether the client keeps one ledger over all runs. ``privacy.epsilon``
+            then bounds the run alone, else everything in the ledger.
+    """
+
+    epsilon_total: float | None = None
+    epsilon_per_run: float | None = None
+    epsilon_per_month: float | None = None
+    month_start: int = 0
+    max_joins: int | None = None
+    own_ledger: bool = False
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run to forecast.
+
+    Attributes:
+        config: Its configuration.
+        terms: Its clients, as `plan_sizes` returns them.
+        bounds: What their operators allow, by client.
+        earlier: What their ledgers hold already, by client.
+    """
+
+    config: RunConfig
+    terms: Sequence[Terms]
+    bounds: Mapping[str, Bounds] = field(default_factory=dict)
+    earlier: Mapping[str, Earlier] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,37 +106,25 @@ class Forecaster:
         return max(low, 0)
 
 
-def forecast(
-    config: RunConfig,
-    terms: Sequence[Terms],
-    cohorts: Sequence[Sequence[int]],
-    spent: Spent | None = None,
-    say: Callable[[str], None] = lambda _: None,
-) -> RunForecast:
-    """Return what ``config`` costs every client, round by round.
+def forecast(planned: Planned, cohorts: Sequence[Sequence[int]]) -> RunForecast:
+    """Return what a run costs every client, round by round.
 
     Args:
-        config: The run.
-        terms: Its clients, as `plan_sizes` returns them.
+        planned: The run.
         cohorts: Indices of the clients of every round, a public function of the seed.
-        spent: Events that each client's ledger holds already; None is nothing.
-        say: Told what is being done.
 
     Raises:
         ConfigError: A ledger holds events of another unit of privacy.
     """
+    config = planned.config
     federation, privacy = config.federation, config.privacy
-    if len(terms) > 1 or federation.rounds > 1:
-        say(f"composing ε over {federation.rounds} rounds")
     clients = tuple(
-        _client_forecast(
-            config, term, _joined(cohorts, index), tuple((spent or {}).get(term.name, ()))
-        )
-        for index, term in enumerate(terms)
+        _client_forecast(planned, term, list(accumulate(int(index in one) for one in cohorts)))
+        for index, term in enumerate(planned.terms)
     )
     return RunForecast(
         overrides=(),
-        data=config.data.name or config.data.path or config.data.kind,
+        data=config.data.label,
         method=config.method.name,
         privacy_mode=privacy.mode,
         unit=privacy.unit,
@@ -101,22 +139,19 @@ def forecast(
     )
 
 
-def _client_forecast(
-    config: RunConfig, term: Terms, joined: Sequence[int], spent: tuple[Release, ...]
-) -> ClientForecast:
+def _client_forecast(planned: Planned, term: Terms, joined: Sequence[int]) -> ClientForecast:
     """Forecast one client; ``joined`` is its number of cohorts after each round."""
-    federation, budget = config.federation, config.privacy.epsilon
+    config, federation = planned.config, planned.config.federation
+    earlier = planned.earlier.get(term.name, Earlier())
     share = federation.clients_per_round / federation.clients
-    ahead = forecaster(config, term, spent)
-    limit = max_joins(config)
-    # Without noise ε is ∞ at once, and no budget stops a client.
-    most = ahead.affordable(budget, limit) if config.privacy.mode == "dp" else limit
+    ahead = forecaster(config, term, earlier.history.events())
+    most, by, bound = _most_joins(planned, term, earlier)
+    stop = Stop(by=by, bound=bound, joins=most, scheduled_round=_round_of(joined, most))
 
     def after(joins: float) -> float:
         return ahead.after(min(math.ceil(joins - 1e-9), most)).epsilon
 
-    before, expected = ahead.after(0).epsilon, expected_joins(federation.rounds, share, limit)
-    dearest = ahead.after(most)
+    expected, dearest = expected_joins(federation.rounds, share, most), ahead.after(most)
     return ClientForecast(
         client=term.name,
         declared_size=term.declared_size,
@@ -124,26 +159,83 @@ def _client_forecast(
         sample_rate=term.sample_rate,
         noise_multiplier=term.noise_multiplier,
         steps=config.optimizer.steps,
-        max_joins=limit,
+        max_joins=max_joins(config),
         expected_joins=expected,
-        scheduled_joins=min(joined[-1], limit),
+        scheduled_joins=min(joined[-1], most),
         affordable_joins=most,
-        spent=before,
-        left=max(0.0, budget - before),
+        spent=after(0),
+        left=_left(planned, term, earlier),
         epsilon_max=dearest.epsilon,
         epsilon_expected=after(expected),
         epsilon_scheduled=after(joined[-1]),
         accountant=dearest.accountant,
+        stop=stop if most < federation.rounds else None,
         path=tuple(
             PathPoint(
                 round=number,
                 maximum=after(number),
-                expected=after(expected_joins(number, share, limit)),
+                expected=after(expected_joins(number, share, most)),
                 scheduled=after(joined[number - 1]),
             )
             for number in path_rounds(federation.rounds)
         ),
     )
+
+
+def _most_joins(planned: Planned, term: Terms, earlier: Earlier) -> tuple[int, str, float]:
+    """Return how many rounds a client can join, and the bound that ends it: name and value.
+
+    Of several bounds that end it alike, the one that the site meets first.
+    """
+    config, bounds = planned.config, planned.bounds.get(term.name, Bounds())
+    if config.privacy.mode == "none":
+        return config.federation.rounds, "", math.inf  # nothing is booked, nothing is bounded
+    most = max(0, max_joins(config) - earlier.recovered)
+    by, bound = "privacy.max_joins", float(max_joins(config))
+    if config.privacy.mode != "dp":
+        return most, by, bound  # ε is ∞ at once, and no budget stops a client
+    for name, budget, ahead in _budgets(planned, term, earlier):
+        joins = ahead.affordable(budget, most)
+        if joins < most:
+            most, by, bound = joins, name, budget
+    total = bounds.max_joins
+    if total is not None and total - earlier.joins < most:
+        return max(0, total - earlier.joins), "policy.max_joins", float(total)
+    return most, by, bound
+
+
+def _left(planned: Planned, term: Terms, earlier: Earlier) -> float:
+    """Return the least that a budget leaves, before the run."""
+    budgets = _budgets(planned, term, earlier)
+    return max(0.0, min(budget - ahead.after(0).epsilon for _, budget, ahead in budgets))
+
+
+def _budgets(
+    planned: Planned, term: Terms, earlier: Earlier
+) -> list[tuple[str, float, Forecaster]]:
+    """Return name and size of every bound on ε, and how what counts against it grows."""
+    config, bounds = planned.config, planned.bounds.get(term.name, Bounds())
+    held = earlier.history.events
+    # No run has the name "": what is left was recovered from a witness, and is of every run.
+    everything, of_run, month = held(), held(run=""), held(since=bounds.month_start)
+    budgets = (
+        ("privacy.epsilon", config.privacy.epsilon, of_run if bounds.own_ledger else everything),
+        ("policy.epsilon_total", bounds.epsilon_total, everything),
+        ("policy.epsilon_per_run", bounds.epsilon_per_run, of_run),
+        ("policy.epsilon_per_month", bounds.epsilon_per_month, month),
+    )
+    return [
+        (name, budget, forecaster(config, term, events))
+        for name, budget, events in budgets
+        if budget is not None
+    ]
+
+
+def _round_of(joined: Sequence[int], most: int) -> int | None:
+    """Return the round after which a client has joined ``most`` times, if it would join again."""
+    if joined[-1] <= most:
+        return None
+    return 1 + joined.index(most) if most else 0
 
 
 def forecaster(config: RunConfig, term: Terms, spent: Sequence[Release] = ()) -> Forecaster:
@@ -195,51 +287,48 @@ def expected_joins(rounds: int, share: float, most: int) -> float:
     return most - short
 
 
-def _joined(cohorts: Sequence[Sequence[int]], client: int) -> list[int]:
-    """Return how many of the first 1, 2, … cohorts a client is in."""
-    counts, total = [], 0
-    for members in cohorts:
-        total += client in members
-        counts.append(total)
-    return counts
-
-
-def compose_runs(
-    runs: Sequence[tuple[RunConfig, Sequence[Terms]]], alike: bool, spent: Spent | None = None
-) -> Composed:
+def compose_runs(runs: Sequence[Planned], alike: bool) -> Composed:
     """Return what all ``runs`` together cost, each client joining every round that it may.
 
+    Each run counts what it may do where nothing was spent before it, so that no order
+    of the runs matters; what ledgers hold already is added once.
+
     Args:
-        runs: Each configuration with its clients.
+        runs: The runs.
         alike: Whether a unit is with the same client in every run. If not, any of a
             run's clients may hold it, and each run counts as one release from which
             that of any client follows: the least σ and the largest q of them.
-        spent: As in `forecast`.
 
     Raises:
         ConfigError: The runs have different units of privacy.
     """
-    check_units([config for config, _ in runs])
-    delta = min(term.delta for _, terms in runs for term in terms)
-    by_prv = all(config.privacy.accountant == "prv" for config, _ in runs)
+    check_units([run.config for run in runs])
+    delta = min(term.delta for run in runs for term in run.terms)
+    by_prv = all(run.config.privacy.accountant == "prv" for run in runs)
     accountant: Accountant = "prv" if by_prv else "rdp"
-    earlier = spent or {}
 
     def composed(events: Sequence[Release]) -> float:
         return cost(events, delta, accountant).epsilon
 
     if alike:
-        names = [term.name for term in runs[0][1]]
+        names = [term.name for term in runs[0].terms]
         histories = [
-            [*earlier.get(name, ()), *(_whole(config, terms[index]) for config, terms in runs)]
+            [*_held(runs, name), *(_whole(run, run.terms[index]) for run in runs)]
             for index, name in enumerate(names)
         ]
         values = dict(zip(names, map(composed, histories), strict=True))
         return Composed(epsilon_max=max(values.values()), delta=delta, by_client=values)
-    dominating = [_dominating([_whole(config, term) for term in terms]) for config, terms in runs]
-    held = [tuple(events) for events in earlier.values()] or [()]
-    dearest = max(composed([*events, *dominating]) for events in held)
-    return Composed(epsilon_max=dearest, delta=delta)
+    dominating = [_dominating([_whole(run, term) for term in run.terms]) for run in runs]
+    held = [_held(runs, name) for name in dict.fromkeys(n for run in runs for n in run.earlier)]
+    return Composed(
+        epsilon_max=max(composed([*events, *dominating]) for events in held or [[]]), delta=delta
+    )
+
+
+def _held(runs: Sequence[Planned], name: str) -> list[Release]:
+    """Return what the ledgers of a client hold already, each ledger once."""
+    ledgers = dict.fromkeys(run.earlier[name] for run in runs if name in run.earlier)
+    return [event for ledger in ledgers for event in ledger.history.events()]
 
 
 def check_units(configs: Sequence[RunConfig]) -> None:
@@ -253,10 +342,11 @@ def check_units(configs: Sequence[RunConfig]) -> None:
         )
 
 
-def _whole(config: RunConfig, term: Terms) -> Release:
+def _whole(planned: Planned, term: Terms) -> Release:
     """Return everything that one client may release in a run."""
-    steps = config.optimizer.steps * max_joins(config)
-    return Release(term.noise_multiplier, term.sample_rate, steps, config.privacy.unit)
+    joins, _, _ = _most_joins(planned, term, Earlier())
+    join = forecaster(planned.config, term).join
+    return replace(join, steps=join.steps * joins)
 
 
 def _dominating(events: Sequence[Release]) -> Release:
@@ -269,7 +359,7 @@ def _dominating(events: Sequence[Release]) -> Release:
     )
 
 
-def read_ledgers(folder: Path, names: Sequence[str]) -> dict[str, tuple[Release, ...]]:
+def read_ledgers(folder: Path, names: Sequence[str]) -> dict[str, Earlier]:
     """Return what the ledgers of earlier runs hold, by client.
 
     Args:
@@ -284,16 +374,26 @@ def read_ledgers(folder: Path, names: Sequence[str]) -> dict[str, tuple[Release,
     found = {name: place / f"{name}.sqlite" for name in names}
     present = {name: path for name, path in found.items() if path.is_file()}
     if not present:
+        lacks = "holds no ledger of any client" if folder.is_dir() else "is no folder"
         raise LedgerError(
-            f"{str(folder)!r} holds no ledger of any client; give a run folder, or one with files "
-            f"such as {names[0]}.sqlite"
+            f"{str(folder)!r} {lacks}; give a run folder, or one with files such as "
+            f"{names[0]}.sqlite"
         )
-    return {name: _spent(path) for name, path in present.items()}
+    return {name: read_ledger(path) for name, path in present.items()}
 
 
-def _spent(path: Path) -> tuple[Release, ...]:
-    ledger = SqliteLedger(path)
+def read_ledger(path: Path, source_id: str | None = None) -> Earlier:
+    """Return what one existing ledger holds.
+
+    Args:
+        path: Its file.
+        source_id: Of which data it must tell; None takes any.
+
+    Raises:
+        LedgerError: It cannot be read, or belongs to other data.
+    """
+    ledger = SqliteLedger(path, source_id)
     try:
-        return ledger.spent()
+        return Earlier(ledger.history(), ledger.joins(), ledger.joins(run=""))
     finally:
         ledger.close()

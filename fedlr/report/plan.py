@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,27 @@ class PathPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stop:
+    """What ends a client's part before the last round; it takes no part in later ones.
+
+    Attributes:
+        by: The bound that does: ``privacy.epsilon`` or ``privacy.max_joins`` of the run, or
+            ``policy.epsilon_total``, ``policy.epsilon_per_run``, ``policy.epsilon_per_month``
+            or ``policy.max_joins`` of its operator.
+        bound: The value of that bound.
+        joins: Rounds it can join until then, ≥ 0; also the round after which it stops
+            if it joins every round.
+        scheduled_round: The round after which it stops with the public cohorts of this
+            seed; 0 where it joins none, None where they never ask it too often.
+    """
+
+    by: str
+    bound: float
+    joins: int
+    scheduled_round: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClientForecast:
     """The public numbers of one client and what they cost.
 
@@ -49,15 +70,17 @@ class ClientForecast:
         max_joins: Rounds it may join at most: what σ is calibrated for.
         expected_joins: Mean number of rounds it joins, over the draws of cohorts.
         scheduled_joins: Rounds it joins with this seed, whose cohorts are public.
-        affordable_joins: Rounds it can join before ε would exceed the budget, ≤
-            ``max_joins``; fewer where earlier runs have spent.
+        affordable_joins: Rounds it can join until a bound ends its part: those of
+            the run, and of its operator's policy.
         spent: ε of what its ledger holds already; 0.0 without one.
-        left: The budget less ``spent``, ≥ 0. Composed releases cost less than their
-            sum, so ``affordable_joins`` says more exactly what it is good for.
+        left: The least that a budget leaves: it less ε of what counts against it, ≥ 0.
+            Composed releases cost less than their sum, so ``affordable_joins`` says more
+            exactly what it is good for.
         epsilon_max: ε after all rounds that it may join and can afford.
         epsilon_expected: ε after the expected number of them, rounded up.
         epsilon_scheduled: ε after those of this seed.
         accountant: Which accountant gave ``epsilon_max``.
+        stop: What ends its part before the last round; None where nothing does.
         path: ε after some or all rounds, in order.
     """
 
@@ -77,6 +100,7 @@ class ClientForecast:
     epsilon_expected: float
     epsilon_scheduled: float
     accountant: str
+    stop: Stop | None = None
     path: tuple[PathPoint, ...]
 
 
@@ -146,6 +170,41 @@ class Plan:
     notices: tuple[str, ...] = ()
 
 
+def run_notices(runs: Sequence[RunForecast]) -> list[str]:
+    """Return what a reader of forecasts must know of how their numbers came about."""
+    private = [run for run in runs if run.privacy_mode == "dp"]
+    pairs = [(run, client) for run in private for client in run.clients]
+    bounded = {client.client for run, client in pairs if client.accountant != run.accountant}
+    whole = {client.client for _, client in pairs if client.sample_rate == 1}
+    stops = {client.stop.by for _, client in pairs if client.stop is not None}
+    notices = []
+    if bounded:
+        notices.append(
+            f"PRV failed, or was no better, for {listed(bounded)}: ε there is the Rényi bound"
+        )
+    if "policy.epsilon_per_month" in stops:
+        notices.append("the whole run is taken to fall into the thirty days that end today")
+    if whole:
+        notices.append(
+            f"{listed(whole)}: N ≤ optimizer.expected_batch, so every step uses every unit (q = 1) "
+            "and sampling hides none; a smaller expected_batch needs less noise"
+        )
+    return notices
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names in one line, however many.
+
+    Example:
+        >>> listed("ba"), listed("abcdef")
+        ('a, b', 'a, b, c and 3 more')
+    """
+    ordered = sorted(names)
+    if len(ordered) <= 4:
+        return ", ".join(ordered)
+    return f"{', '.join(ordered[:3])} and {len(ordered) - 3} more"
+
+
 def plan_tables(plan: Plan, width: int = 100) -> str:
     """Return a plan as plain text: per run its clients and their ε by round, then the sweep.
 
@@ -173,6 +232,7 @@ def plan_view(plan: Plan) -> Group:
     parts: list[Group | Table | Text] = []
     for run in plan.runs:
         parts += [Text(units.printable(_title(run))), Text(_facts(run)), _client_table(run)]
+        parts += [*_spent(run), *_stops(run)]
         if len(plan.runs) == 1:
             parts += _paths(run)
     if plan.composed is not None:
@@ -195,20 +255,20 @@ def _title(run: RunForecast) -> str:
 
 def _facts(run: RunForecast) -> str:
     """Return one line on the whole run."""
+    earlier = " with earlier runs" if any(client.spent for client in run.clients) else ""
     dearest = {
-        "dp": f"ε max {units.privacy_loss(run.epsilon_max)} per {run.unit}, budget "
+        "dp": f"ε max {units.privacy_loss(run.epsilon_max)} per {run.unit}{earlier}, budget "
         f"{units.privacy_loss(run.budget)}, accountant {run.accountant}",
         "dry": "ε = ∞: a dry run adds no noise",
         "none": "ε = ∞: privacy is off",
     }[run.privacy_mode]
-    return f"{run.rounds} rounds, {run.clients_per_round} of {len(run.clients)} clients; {dearest}"
+    rounds = "1 round" if run.rounds == 1 else f"{run.rounds} rounds"
+    return f"{rounds}, {run.clients_per_round} of {len(run.clients)} clients; {dearest}"
 
 
 def _client_table(run: RunForecast) -> Table:
     """Return what each client's noise follows from, and its joins."""
-    earlier = any(client.spent for client in run.clients)
     headings = ["N", "δ", "q", "σ", "steps", "joins\nmax", "mean", "seed"]
-    headings += ["ε\nspent", "left", "joins\nleft"] if earlier else []
     table = _table("client", [*headings, "ε\nmax"])
     rows = []
     for client in run.clients:
@@ -222,12 +282,54 @@ def _client_table(run: RunForecast) -> Table:
             f"{client.expected_joins:.4g}",
             str(client.scheduled_joins),
         ]
-        if earlier:
-            left = f"{math.floor(100 * client.left) / 100:.2f}"
-            cells += [units.privacy_loss(client.spent), left, str(client.affordable_joins)]
         rows.append((client.client, [*cells, units.privacy_loss(client.epsilon_max)]))
     _add_alike(table, rows)
     return table
+
+
+def _spent(run: RunForecast) -> list[Table | Text]:
+    """Return what ledgers hold already, and what that leaves; nothing where they hold nothing."""
+    from rich.text import Text
+
+    if not any(client.spent for client in run.clients):
+        return []
+    table = _table("client", ["ε spent", "ε left", "joins left"])
+    rows = []
+    for client in run.clients:
+        left = f"{math.floor(100 * client.left) / 100:.2f}"
+        cells = [units.privacy_loss(client.spent), left, str(client.affordable_joins)]
+        rows.append((client.client, cells))
+    _add_alike(table, rows)
+    return [Text("Ledgers hold earlier runs, which are in every ε here"), table]
+
+
+def _stops(run: RunForecast) -> list[Table | Text]:
+    """Return what ends clients' parts early, and after which round; nothing where none does."""
+    from rich.text import Text
+
+    stopped = [(client.client, client.stop) for client in run.clients if client.stop is not None]
+    if not stopped:
+        return []
+    table = _table("client", ["bound", "last round,\njoining all", "last round,\nthis seed"])
+    rows = [
+        (name, [_bound(stop), _last(stop.joins), _last(stop.scheduled_round)])
+        for name, stop in stopped
+    ]
+    _add_alike(table, rows)
+    return [
+        Text("A bound ends these clients' part before the last round"),
+        table,
+    ]
+
+
+def _bound(stop: Stop) -> str:
+    """Return name and value of the bound."""
+    return f"{stop.by} = {stop.bound:g}"
+
+
+def _last(number: int | None) -> str:
+    """Return the last round of a client; it may join none, or never meet the bound."""
+    return {None: "—", 0: "joins none"}.get(number, str(number))
 
 
 def _paths(run: RunForecast) -> list[Table | Text]:

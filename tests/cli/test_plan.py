@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 from fedlr.cli.main import main
 from fedlr.cli.overrides import spread
 from fedlr.privacy import accounting
+from fedlr.privacy.events import Release
+from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report import strict_json
-from fedlr.report.plan import Plan
+from fedlr.report.plan import Plan, Stop
 from fedlr.report.records import read_summary
 from tests.cli.small import simulate
 
@@ -66,7 +69,10 @@ def test_what_a_run_has_spent_is_counted_in_the_next_plan(
         assert client.epsilon_max >= client.spent
         # σ is the same: what is left of three joins is what was not used.
         assert client.affordable_joins == 3 - done.joins
-    assert found.notices == ()
+        assert client.stop is not None
+        assert client.stop.by == "privacy.epsilon"
+    (notice,) = found.notices
+    assert "a simulated run begins a ledger of its own for client-000, client-001" in notice
     assert main(["plan", *words_of(run_folder), "--ledgers", str(run_folder)]) == 0
     assert "spent" in capfd.readouterr().out
 
@@ -98,6 +104,142 @@ def test_a_sweep_prints_every_run_and_all_of_them_composed(
     assert 3 < found.composed.epsilon_max < 1 + 1 + 3 + 3
     assert main(["plan", *words]) == 0
     assert "all 4 runs composed" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("varied", ["seed=0,1", "partition.alpha=0.1,1"])
+def test_sizes_that_are_dealt_anew_compose_at_the_worst_client(
+    capfd: pytest.CaptureFixture[str], varied: str
+) -> None:
+    words = ("--sizes", "500,300", *QUICK)
+    found = planned(capfd, *words, varied)
+    assert found.composed is not None
+    assert found.composed.by_client == {}
+    assert any("deal the data differently" in notice for notice in found.notices)
+    # Two equal runs with every client where it was cost less than with clients exchanged.
+    alike = planned(capfd, *words, "method=fedsvd,ffa_lora")
+    assert alike.composed is not None
+    assert found.composed.epsilon_max > alike.composed.epsilon_max
+    first, second = (run.clients for run in found.runs)
+    for one, other in itertools.product(first, second):
+        events = [
+            Release(c.noise_multiplier, c.sample_rate, c.steps * c.max_joins, "example")
+            for c in (one, other)
+        ]
+        assert accounting.epsilon(events, found.composed.delta, "rdp") <= found.composed.epsilon_max
+
+
+def policies(folder: Path, **texts: str) -> str:
+    """Write policy files, by client with an underscore, and return the override."""
+    folder.mkdir(parents=True)
+    for name, text in texts.items():
+        (folder / f"{name.replace('_', '-')}.toml").write_text(text, encoding="utf-8")
+    return f"privacy.policies={folder}"
+
+
+def test_a_run_stops_where_its_policies_were_planned_to_stop_it(
+    run_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [*words_of(run_folder), "federation.clients_per_round=2"]
+    free = planned(capfd, *words).runs[0].clients[0]
+    bound = (free.path[1].maximum + free.path[2].maximum) / 2
+    own = (
+        'ledger = "ward.sqlite"\nsource_id = "ward"\n'
+        f"[budget]\nepsilon_total = 99.0\nepsilon_per_run = {bound!r}\n"
+    )
+    given = policies(tmp_path / "p", client_000=own, client_001="[budget]\nmax_joins = 1\n")
+    SqliteLedger(tmp_path / "p" / "ward.sqlite", "ward").close()
+    found = planned(capfd, *words, given).runs[0]
+    stops = [client.stop for client in found.clients]
+    assert stops == [
+        Stop(by="policy.epsilon_per_run", bound=bound, joins=2, scheduled_round=2),
+        Stop(by="policy.max_joins", bound=1.0, joins=1, scheduled_round=1),
+    ]
+    summary = read_summary(simulate(tmp_path, given) / "summary.json")
+    assert [client.joins for client in summary.clients] == [2, 1]
+    for forecast, done in zip(found.clients, summary.clients, strict=True):
+        assert forecast.epsilon_scheduled == forecast.epsilon_max == done.epsilon
+    # What the run has booked is what the next plan begins with.
+    again = planned(capfd, *words, given)
+    first, second = again.runs[0].clients
+    assert (first.spent, second.spent) == (summary.clients[0].epsilon, 0.0)
+    assert first.stop == stops[0]
+    assert first.epsilon_max > first.spent
+    assert again.notices == ("no ledger of client-001: nothing is counted there",)
+    # A ledger that is given counts instead of the policy's.
+    elsewhere = planned(capfd, *words, given, "--ledgers", str(run_folder)).runs[0].clients[0]
+    assert elsewhere.spent == read_summary(run_folder / "summary.json").clients[0].epsilon
+    assert main(["plan", *words, given]) == 0
+    table = capfd.readouterr().out
+    assert "A bound ends these clients' part before the last round" in table
+    assert f"policy.epsilon_per_run = {bound:g}" in table
+
+
+OWN = 'ledger = "ward.sqlite"\nsource_id = "ward"\n[budget]\nepsilon_total = 9.0\n'
+
+
+def test_a_ledger_that_a_policy_names_need_not_be_there_yet(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = policies(tmp_path / "p", client_000=OWN)
+    found = planned(capfd, "--sizes", "500", *QUICK, given)
+    assert found.runs[0].clients[0].spent == 0.0
+    assert any("the run is refused until `fedlr ledger new`" in one for one in found.notices)
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["client-000.toml"]
+
+
+def test_policies_that_do_not_fit_are_named_at_once_before_noise_is_calibrated(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = 'ledger = "other.sqlite"\nsource_id = "ward"\n[budget]\nepsilon_total = 9.0\n'
+    given = policies(
+        tmp_path / "p",
+        client_000='declared_size = 999\nunit = "user"\n',
+        client_001="[budget]\ndelta = 1e-7\n",
+        client_002=other,
+        client_003=OWN,
+        client_004=OWN,
+    )
+    SqliteLedger(tmp_path / "p" / "other.sqlite", "other").close()
+    sizes = ("--sizes", "500,400,300,200,100")
+    # Of a sweep, each problem once.
+    assert main(["plan", *sizes, *QUICK, given, "seed=0,1"]) == 2
+    err = capfd.readouterr().err
+    for says in (
+        "the policy of client-000 says declared_size = 999, the run 500",
+        "the policy of client-000 says unit = 'user', the run 'example'",
+        "the policy of client-001 allows δ ≤ 1e-07, the run promises at 1e-05",
+        "the policy of client-002: ledger",
+        "the policies of client-003 and client-004 name one ledger",
+    ):
+        assert err.count(says) == 1
+    assert "5 problems" in err
+    assert "calibrating" not in err
+    assert main(["plan", *sizes, "privacy=dry", "data.public=true", given]) == 2
+    assert capfd.readouterr().err.count("allows private training alone") == 5
+    assert main(["plan", *sizes, "privacy.policies=absent"]) == 2
+    assert "privacy.policies = 'absent' is no folder" in capfd.readouterr().err
+
+
+def test_a_sweep_over_what_a_policy_allows_in_all_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = policies(tmp_path / "p", client_000="[budget]\nepsilon_total = 3.2\n")
+    words = ("--sizes", "500,300", *QUICK, given)
+    found = planned(capfd, *words, "privacy.epsilon=3,3.1")
+    assert found.composed is not None
+    assert found.composed.by_client["client-000"] > 3.2
+    assert any("policy.epsilon_total of client-000" in notice for notice in found.notices)
+    below = planned(capfd, *words, "privacy.epsilon=1,2")
+    assert not any("policy.epsilon_total" in notice for notice in below.notices)
+
+
+def test_a_sweep_says_one_line_for_each_run(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--sizes", "500", *QUICK, "privacy.epsilon=1,3"]) == 0
+    assert capfd.readouterr().err.splitlines() == [
+        "fedlr: run 1 of 2: privacy.epsilon=1",
+        "fedlr: run 2 of 2: privacy.epsilon=3",
+        "fedlr: composing 2 runs",
+    ]
 
 
 def test_seeds_deal_the_data_anew_and_that_is_said(capfd: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +274,9 @@ def test_where_prv_fails_the_plan_says_whose_bound_it_is(
         (("--sizes", "9", "federation.clients=1,2"), 2, "--sizes gives 1 clients"),
         (("--sizes", "100", "privacy.unit=example,user"), 2, "plan them one by one"),
         (("--sizes", "100", "privacy.delta=0.2"), 2, "must be < 1/N"),
-        (("--sizes", "100", "--ledgers", "absent"), 6, "holds no ledger of any client"),
+        (("--sizes", "1200", "800"), 2, "write the sizes as one word, --sizes 1200,800"),
+        (("--sizes", "100", "--ledgers", "absent"), 6, "'absent' is no folder"),
+        (("--sizes", "100", "--ledgers", "."), 6, "holds no ledger of any client"),
         (("data=file", "data.path=absent"), 3, "absent"),
         (("privacy.epsilon=interval(1,2)",), 2, "gives several values"),
         (("privacy.epsilom=1,2",), 2, "did you mean privacy.epsilon?"),

@@ -14,7 +14,10 @@ from fedlr.report.plan import (
     PathPoint,
     Plan,
     RunForecast,
+    Stop,
+    listed,
     plan_tables,
+    run_notices,
 )
 
 
@@ -92,11 +95,15 @@ def test_equal_neighbours_are_one_line() -> None:
     assert len(text.splitlines()) < 20
 
 
-def test_earlier_spending_adds_columns_rounded_to_the_safe_side() -> None:
-    earlier = replace(client("one", 5.0), spent=1.2301, left=4.7699, affordable_joins=1)
+def test_earlier_spending_is_a_table_rounded_to_the_safe_side() -> None:
+    earlier = replace(client("client-000", 5.0), spent=1.2301, left=4.7699, affordable_joins=1)
     text = plan_tables(Plan(runs=(run(earlier, client("two", 5.0)),)))
-    (row,) = (row.split() for row in text.splitlines() if "1.24" in row)
-    assert row[-4:] == ["1.24", "4.76", "1", "5.00"]
+    # On one line each, not folded.
+    assert line(text[text.index("Ledgers hold") :].split("ε after")[0], "client-000") == [
+        *("client-000", "1.24", "4.76", "1")
+    ]
+    assert [row.split()[-1] for row in text.splitlines() if "1,200" in row] == ["5.00"]
+    assert "ε max 5.00 per example with earlier runs, budget 6.00" in text
     assert "left" not in plan_tables(Plan(runs=(run(client("two", 5.0)),)))
 
 
@@ -109,6 +116,47 @@ def test_no_number_is_cut() -> None:
         text = plan_tables(whole, width)
         assert sorted(filter(str.isdigit, text)) == wanted
         assert max(map(len, text.splitlines())) <= width
+
+
+def test_what_ends_a_part_early_is_named_with_its_round() -> None:
+    names = ["policy.max_joins", "policy.epsilon_total", "privacy.epsilon"]
+    stops = [
+        Stop(by=names[0], bound=1.0, joins=1, scheduled_round=None),
+        Stop(by=names[1], bound=2.5, joins=0, scheduled_round=0),
+        Stop(by=names[2], bound=6.0, joins=1, scheduled_round=2),
+    ]
+    clients = [replace(client(f"{i}-site", 5.0), stop=stop) for i, stop in enumerate(stops)]
+    for overrides in ((), ("seed=1",)):
+        text = plan_tables(Plan(runs=(run(*clients, client("free", 5.0), overrides=overrides),)))
+        after = text[text.index("before the last round") :].split("ε after")[0]
+        assert line(after, "0-site") == ["0-site", "policy.max_joins", "=", "1", "1", "—"]
+        assert line(after, "1-site")[1:4] == ["policy.epsilon_total", "=", "2.5"]
+        assert after.count("joins none") == 2
+        assert line(after, "2-site") == ["2-site", "privacy.epsilon", "=", "6", "1", "2"]
+        assert "free" not in after
+    assert "before the last round" not in plan_tables(Plan(runs=(run(client("free", 5.0)),)))
+
+
+def test_notices_say_how_the_numbers_came_about() -> None:
+    assert run_notices([run(client("one", 5.0))]) == []
+    renyi = replace(client("one", 5.0), accountant="rdp")
+    whole = replace(client("two", 5.0), sample_rate=1.0)
+    stop = Stop(by="policy.epsilon_per_month", bound=1.0, joins=1, scheduled_round=1)
+    month = replace(client("three", 5.0), stop=stop)
+    found = run_notices([run(renyi, whole), run(month, renyi)])
+    assert [notice.split(":")[0] for notice in found] == [
+        "PRV failed, or was no better, for one",
+        "the whole run is taken to fall into the thirty days that end today",
+        "two",
+    ]
+    assert run_notices([replace(run(renyi, whole), privacy_mode="dry")]) == []
+    assert listed("edcba") == "a, b, c and 2 more"
+
+
+def test_one_round_is_no_rounds() -> None:
+    assert "\n1 round, 1 of 1" in plan_tables(
+        Plan(runs=(replace(run(client("a", 1.0)), rounds=1),))
+    )
 
 
 def test_a_sweep_ends_with_the_composition() -> None:
@@ -144,8 +192,9 @@ def test_names_cannot_move_the_cursor_and_lines_are_no_longer_than_asked() -> No
 
 
 def test_a_plan_survives_json() -> None:
+    stop = Stop(by="policy.max_joins", bound=1.0, joins=1, scheduled_round=None)
     plan = Plan(
-        runs=(run(client("one", math.inf)),),
+        runs=(run(client("one", math.inf), replace(client("two", 1.0), stop=stop)),),
         composed=Composed(epsilon_max=math.inf, delta=1e-6),
         notices=("a", "b"),
     )
