@@ -42,6 +42,10 @@ class ConfigError(FedlrError):
             message = f"{len(self.problems)} problems in the configuration:\n{listed}"
         super().__init__(message)
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:
+        """Say how to make it again in another process: from the problems, not from the text."""
+        return type(self), (self.problems,)
+
 
 class DataError(FedlrError):
     """A data set is missing, unreadable, or does not fit its declaration."""
@@ -102,3 +106,7 @@ class BadUpdate(FedlrError):
             raise ValueError(f"code = {code!r} must be one of {self.CODES}")
         self.code = code
         super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[BadUpdate], tuple[str, str]]:
+        """Say how to make it again in another process."""
+        return type(self), (self.code, str(self))
