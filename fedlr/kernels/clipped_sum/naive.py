@@ -34,12 +34,17 @@ def unit_gradients(delta: Tensor, z: Tensor, unit_index: Tensor, units: int) -> 
         >>> unit_gradients(d, z, torch.tensor([0, 0]), 1).tolist()
         [[[5.0]]]
     """
+    check_shapes(delta, z, unit_index)
+    rows = torch.bmm(delta.transpose(1, 2), z)  # (N, m, r)
+    return sum_rows(rows, unit_index, units)
+
+
+def check_shapes(delta: Tensor, z: Tensor, unit_index: Tensor) -> None:
+    """Raise ValueError unless delta (N, T, m), z (N, T, r) and unit_index (N,) fit."""
     if delta.ndim != 3 or z.ndim != 3:
         raise ValueError(f"delta has {delta.ndim} and z has {z.ndim} dimensions; both need 3")
     checks.same_shape("z (rows, tokens)", z.shape[:2], delta.shape[:2])
     checks.same_shape("unit_index", unit_index.shape, delta.shape[:1])
-    rows = torch.bmm(delta.transpose(1, 2), z)  # (N, m, r)
-    return sum_rows(rows, unit_index, units)
 
 
 def sum_rows(rows: Tensor, unit_index: Tensor, units: int) -> Tensor:
@@ -89,3 +94,60 @@ def clipped_sum(gradients: Tensor, factors: Tensor) -> Tensor:
     scale = factors.to(flat.dtype).unsqueeze(1)
     clipped = torch.where(scale > 0, flat, 0.0).mul_(scale)
     return clipped.sum(0).reshape(gradients.shape[1:])
+
+
+def unit_squared_norms(delta: Tensor, z: Tensor, unit_index: Tensor, units: int) -> Tensor:
+    """Return ‖G_u‖² of every unit, shape (U,), float32: the first pass over (delta, z).
+
+    The norm that clips is taken over all trained arrays: add this up over the sites,
+    then ask `clip_factors` once.
+
+    Args:
+        delta: δ, shape (N, T, m), float32, float16 or bfloat16.
+        z: Inputs of B, shape (N, T, r), of those dtypes, not necessarily ``delta``'s.
+        unit_index: Unit of each row, shape (N,), int64, values in [0, units).
+        units: U ≥ 0; a unit without rows has norm 0.
+
+    Returns:
+        Products and sums in float32 whatever the inputs; rows of a unit are added
+        before the norm is taken.
+
+    Raises:
+        ValueError: Shapes disagree.
+
+    Example:
+        >>> d, z = torch.ones(2, 1, 1), torch.tensor([[[3.0]], [[4.0]]])
+        >>> unit_squared_norms(d, z, torch.tensor([0, 0]), 1).tolist()
+        [49.0]
+    """
+    return squared_norms(unit_gradients(_wide(delta), _wide(z), unit_index, units))
+
+
+def weighted_sum(delta: Tensor, z: Tensor, unit_index: Tensor, factors: Tensor) -> Tensor:
+    """Return Σ_u factor_u · G_u, shape (m, r), float32: the second pass over (delta, z).
+
+    Args:
+        delta: As given to `unit_squared_norms`.
+        z: Likewise.
+        unit_index: Likewise.
+        factors: c_u, shape (U,), float32, finite and ≥ 0.
+
+    Guarantees:
+        A unit with factor 0 contributes exactly zero, finite or not. With c_u from
+        `clip_factors` each term has norm ≤ bound up to float32 rounding, however
+        much the terms of G_u cancel: both passes form the same G_u, bit for bit.
+
+    Raises:
+        ValueError: Shapes disagree.
+
+    Example:
+        >>> d, z = torch.ones(2, 1, 1), torch.tensor([[[3.0]], [[4.0]]])
+        >>> weighted_sum(d, z, torch.tensor([0, 1]), torch.tensor([1.0, 0.5])).tolist()
+        [[5.0]]
+    """
+    gradients = unit_gradients(_wide(delta), _wide(z), unit_index, factors.shape[0])
+    return clipped_sum(gradients, factors)
+
+
+def _wide(array: Tensor) -> Tensor:
+    return array.to(torch.promote_types(array.dtype, torch.float32))

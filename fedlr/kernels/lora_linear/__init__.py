@@ -1,0 +1,1 @@
+"""A frozen linear map with a low-rank update, differentiated for x and B only."""
