@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -76,32 +76,32 @@ def make_client_app(site_of: Callable[[Context], SiteLike]) -> ClientApp:
 
 
 def make_batch_handler(
-    sites: Mapping[int, S], train_cohort: TrainCohort[S] | None = None
-) -> Callable[[list[Message]], list[Message]]:
-    """Return a handler that trains a whole cohort in one call.
+    sites: Mapping[int, S], train_cohort: TrainCohort[S] | None = None, size: int | None = None
+) -> Callable[[list[Message]], Iterator[Message]]:
+    """Return a handler that trains many sites in one call.
 
     Args:
         sites: Site by Flower's node id.
         train_cohort: Trains many sites together, e.g. on one resident base
-            model; None is `one_by_one`. Where it raises, its whole cohort
-            abstains: nothing is tried twice, since a site may have paid already.
+            model; None is `one_by_one`. Where it raises, all that it was given
+            abstain: nothing is tried twice, since a site may have paid already.
+        size: Most sites of one call; None hands the whole cohort over.
 
     Returns:
-        Train messages → their replies, in the same order. Equal, message by
-        message, to the app of `make_client_app` where ``train_cohort`` is
-        `one_by_one`.
+        Train messages → their replies, first those of unknown nodes, then in the order
+        of the messages, after each call. Equal, message by message, to the app of
+        `make_client_app` where ``train_cohort`` is `one_by_one`.
     """
 
-    def handle(messages: list[Message]) -> list[Message]:
+    def handle(messages: list[Message]) -> Iterator[Message]:
         known = [m for m in messages if m.metadata.dst_node_id in sites]
+        for message in messages:
+            if message.metadata.dst_node_id not in sites:
+                yield _reply(message, Abstention("", "failed"))
         orders = [(sites[message.metadata.dst_node_id], message) for message in known]
-        answers = iter(_answer(orders, train_cohort or one_by_one))
-        return [
-            next(answers)
-            if message.metadata.dst_node_id in sites
-            else _reply(message, Abstention("", "failed"))
-            for message in messages
-        ]
+        for start in range(0, len(orders), size or len(orders) or 1):
+            chunk = orders[start : start + size] if size else orders
+            yield from _answer(chunk, train_cohort or one_by_one)
 
     return handle
 

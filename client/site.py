@@ -8,33 +8,54 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
-import safetensors.torch
-import torch
+import safetensors.numpy
 
 from client.policy import SitePolicy
+from fedlr.adapters import codec
 from fedlr.data.batching import UnitIndex
 from fedlr.errors import LedgerError, LedgerMoved
 from fedlr.methods.method import ClientUpdate, PartKey, Parts, Role
 from fedlr.privacy.accounting import epsilon
-from fedlr.privacy.booking import Booking, History, JobKey, Ledger
+from fedlr.privacy.booking import DAY_S, MONTH_DAYS, Booking, History, JobKey, Ledger
 from fedlr.privacy.dpsgd import Mechanism, clip_groups
 from fedlr.privacy.events import Release
-from fedlr.privacy.noise import Stream, public_stream, secret_stream
+from fedlr.privacy.noise import Stream, task_streams
 from fedlr.training.jobs import Abstention, Job, Provenance, SiteStatus, job_digest
 from fedlr.training.local import LocalTask, LocalTrainer
 
-MONTH_DAYS = 30
-"""Days, today included, of what a monthly budget bounds."""
-
-__all__ = ["Site", "SitePolicy"]
+__all__ = ["Prepared", "Site", "SitePolicy"]
 
 _log = logging.getLogger("fedlr.site")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that is booked and waits to be trained.
+
+    Attributes:
+        job: The job.
+        task: What to train, with streams of its own.
+        epsilon: ε spent with it; None where privacy is off.
+    """
+
+    job: Job
+    task: LocalTask
+    epsilon: float | None
 
 
 class Site:
     """One participant.
+
+    Attributes:
+        policy: What its operator declares.
+        trainer: The resident model.
+        units: Its rows by unit of privacy.
 
     Args:
         policy: What its operator declares.
@@ -53,8 +74,8 @@ class Site:
         provenance: Provenance,
     ) -> None:
         self.policy = policy
-        self._units = units
-        self._trainer = trainer
+        self.units = units
+        self.trainer = trainer
         self._ledger = ledger
         self._provenance = provenance
         self._released: tuple[tuple[str, int], Parts] | None = None
@@ -85,19 +106,32 @@ class Site:
         return [self._answer(job) for job in jobs]
 
     def _answer(self, job: Job) -> ClientUpdate | Abstention:
+        found = self.prepare(job)
+        if not isinstance(found, Prepared):
+            return found
+        trained = self._guarded(lambda: self.trainer.train(found.task, self.units))
+        return trained if isinstance(trained, Abstention) else self.complete(found, trained)
+
+    def prepare(self, job: Job) -> Prepared | ClientUpdate | Abstention:
+        """Check and book a job: all that comes before its first gradient.
+
+        Returns:
+            What is to be trained and then handed to `complete`, booked already; or the
+            answer, where nothing is to be trained.
+        """
+        return self._guarded(lambda: self._prepare(job))
+
+    def complete(self, prepared: Prepared, trained: Parts) -> ClientUpdate | Abstention:
+        """Commit what was trained for a job that `prepare` booked; return what leaves the site."""
+        return self._guarded(lambda: self._complete(prepared, trained))
+
+    def failed(self) -> Abstention:
+        """Answer a job that `prepare` booked and nobody could train: it is spent."""
+        return self._abstain("failed")
+
+    def _guarded(self, work: Callable[[], T]) -> T | Abstention:
         try:
-            if job.provenance != self._provenance:
-                return self._abstain("provenance")
-            released = {} if job.train else self._released_in(job)
-            if released is None:
-                return self._abstain("no_release")
-            if problem := self._problem(job, released):
-                _log.error("%s: the job does not fit: %s", self.policy.client, problem)
-                return self._abstain("bad_job")
-            if refusal := self.policy.refuses(job):
-                _log.error("%s: the policy does not allow it: %s", self.policy.client, refusal)
-                return self._abstain("policy")
-            return self._train(job) if job.train else self._project(job, released)
+            return work()
         except LedgerError as error:
             _log.error("%s: the ledger refuses: %s", self.policy.client, error)
             return self._abstain("ledger")
@@ -105,12 +139,26 @@ class Site:
             _log.exception("%s: the round failed", self.policy.client)
             return self._abstain("failed")
 
+    def _prepare(self, job: Job) -> Prepared | ClientUpdate | Abstention:
+        if job.provenance != self._provenance:
+            return self._abstain("provenance")
+        released = {} if job.train else self._released_in(job)
+        if released is None:
+            return self._abstain("no_release")
+        if problem := self._problem(job, released):
+            _log.error("%s: the job does not fit: %s", self.policy.client, problem)
+            return self._abstain("bad_job")
+        if refusal := self.policy.refuses(job):
+            _log.error("%s: the policy does not allow it: %s", self.policy.client, refusal)
+            return self._abstain("policy")
+        return self._booked(job) if job.train else self._project(job, released)
+
     def _problem(self, job: Job, released: Parts) -> str | None:
         """Say what is wrong with a job, before anything is reserved for it."""
         try:
             if job.train:
                 self._key(job)
-                self._trainer.check(job.parts, job.train)
+                self.trainer.check(job.parts, job.train)
                 if not job.send or job.send - job.train:
                     return f"send = {sorted(job.send)} must be among train = {sorted(job.train)}"
             else:
@@ -119,28 +167,36 @@ class Site:
             return str(error)
         return None
 
-    def _train(self, job: Job) -> ClientUpdate | Abstention:
-        """Reserve, train, commit; stop before a round that would exceed the budget."""
+    def _booked(self, job: Job) -> Prepared | ClientUpdate | Abstention:
+        """Reserve; stop before a round that would exceed the budget."""
         policy = self.policy
         if policy.mode == "none":
-            return self._update(job, self._run(job, None), None)
+            return Prepared(job, self._task(job, None), None)
         key, digest = self._key(job), job_digest(job)
         booking = self._ledger.recall(key)
         if booking is not None and (policy.mode == "dp" or booking.committed):
             return self._repeat(job, digest, booking)
         mechanism = self._mechanism(job)
-        steps = self._trainer.settings.steps
-        release = Release(policy.noise_multiplier, policy.sample_rate, steps, policy.unit)
         if booking is None:
-            spent = self._book(job.run, key, release, digest)
+            spent = self._book(job.run, key, self._release(), digest)
             if isinstance(spent, str):
                 return self._abstain(spent)
         else:
             # A dry job that was cut short has nothing to pay: it is done again.
             spent = self._epsilon()
-        trained = self._run(job, mechanism)
-        self._ledger.commit(key, release, safetensors.torch.save(_named(trained)))
-        return self._update(job, trained, spent)
+        return Prepared(job, self._task(job, mechanism), spent)
+
+    def _complete(self, prepared: Prepared, trained: Parts) -> ClientUpdate:
+        """Commit what was trained, and only then let it leave."""
+        if self.policy.mode != "none":
+            update = safetensors.numpy.save(codec.encode(trained))
+            self._ledger.commit(self._key(prepared.job), self._release(), update)
+        return self._update(prepared.job, trained, prepared.epsilon)
+
+    def _release(self) -> Release:
+        """Return the events of one round."""
+        policy, steps = self.policy, self.trainer.settings.steps
+        return Release(policy.noise_multiplier, policy.sample_rate, steps, policy.unit)
 
     def _book(self, run: str, key: JobKey, release: Release, digest: str) -> float | str:
         """Reserve a release and return ε with it, or the code of the bound that forbids it.
@@ -151,13 +207,14 @@ class Site:
         policy = self.policy
         while True:
             history = self._ledger.history()
-            if self._ledger.joins() >= policy.max_joins:
+            if self._ledger.joins(run) >= policy.max_joins:
                 return "max_joins"
             spent = self._epsilon_of(history.events(), release)
             if policy.mode == "dp" and (code := self._over_budget(history, run, release, spent)):
                 return code
             try:
-                booked = self._ledger.reserve(key, release, policy.max_joins, digest, history.head)
+                total = policy.max_joins_total
+                booked = self._ledger.reserve(key, release, total, digest, history.head)
             except LedgerMoved:
                 continue
             return spent if booked else "max_joins"
@@ -172,7 +229,7 @@ class Site:
         of_run, month = policy.epsilon_per_run, policy.epsilon_per_month
         if of_run is not None and self._epsilon_of(history.events(run=run), release) > of_run:
             return "run_budget"
-        since = int(time.time()) // 86_400 - MONTH_DAYS + 1
+        since = int(time.time()) // DAY_S - MONTH_DAYS + 1
         if month is not None and self._epsilon_of(history.events(since=since), release) > month:
             return "month_budget"
         return None
@@ -187,15 +244,13 @@ class Site:
         if booking.update is None:
             _log.error("%s: a later round has replaced this update", self.policy.client)
             return self._abstain("ledger")
-        saved = safetensors.torch.load(booking.update)
-        trained = {key: saved[_name(key)] for key in self._trained_keys(job)}
-        return self._update(job, trained, self._epsilon())
+        return self._update(job, _decoded(booking.update), self._epsilon())
 
     def _update(self, job: Job, trained: Parts, spent: float | None) -> ClientUpdate:
         """Return what leaves the site; what it does not send stays for a projecting phase."""
         self._released = ((job.run, job.round), trained)
         sent = {key: value for key, value in trained.items() if key.role in job.send}
-        steps = self._trainer.settings.steps
+        steps = self.trainer.settings.steps
         return ClientUpdate(client=self.policy.client, parts=sent, steps=steps, epsilon=spent)
 
     def _mechanism(self, job: Job) -> Mechanism:
@@ -215,9 +270,9 @@ class Site:
         """Return ε of some events and of what is planned."""
         return epsilon((*events, *planned), self.policy.delta, self.policy.accountant)
 
-    def _run(self, job: Job, mechanism: Mechanism | None) -> dict[PartKey, torch.Tensor]:
+    def _task(self, job: Job, mechanism: Mechanism | None) -> LocalTask:
         sampling, noise = self._streams(job)
-        task = LocalTask(
+        return LocalTask(
             parts=job.parts,
             train=job.train,
             sample_rate=self.policy.sample_rate,
@@ -226,14 +281,12 @@ class Site:
             noise=noise,
             rows_per_user=self.policy.rows_per_user,
         )
-        return self._trainer.train(task, self._units)
 
     def _streams(self, job: Job) -> tuple[Stream, Stream]:
         """Two streams of this task alone: secret under dp, public otherwise."""
-        if self.policy.mode == "dp":
-            return secret_stream(), secret_stream()
-        labels = (self.policy.public_seed, self.policy.client, job.round, job.phase)
-        return public_stream("sampling", *labels), public_stream("noise", *labels)
+        policy = self.policy
+        labels = (policy.public_seed, policy.client, job.round, job.phase)
+        return task_streams(policy.mode == "dp", *labels)
 
     def _project(self, job: Job, released: Parts) -> ClientUpdate:
         """Answer a projecting phase: rotationᵀ·B of what was released in this round."""
@@ -261,10 +314,7 @@ class Site:
         if self.policy.mode == "none":
             return None
         saved = self._ledger.released(job.run, job.round, self.policy.client)
-        if not saved:
-            return None
-        arrays = safetensors.torch.load(saved).items()
-        return {_key_of(name): value for name, value in arrays}
+        return _decoded(saved) if saved else None
 
     def _key(self, job: Job) -> JobKey:
         return JobKey(job.run, job.round, self.policy.client, job.nonce)
@@ -285,14 +335,6 @@ class Site:
         return Abstention(self.policy.client, code, spent)
 
 
-def _name(key: PartKey) -> str:
-    return f"{key.site}|{key.role.value}"
-
-
-def _key_of(name: str) -> PartKey:
-    site, _, role = name.rpartition("|")
-    return PartKey(site, Role(role))
-
-
-def _named(parts: Parts) -> dict[str, torch.Tensor]:
-    return {_name(key): value.detach().cpu().contiguous() for key, value in parts.items()}
+def _decoded(update: bytes) -> Parts:
+    """Return the parts of an update as the ledger keeps it, in the wire form."""
+    return codec.decode(safetensors.numpy.load(update))

@@ -18,8 +18,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-BatchHandler = Callable[[list[Message]], list[Message]]
-"""Train messages of one cohort → their replies, in any order."""
+BatchHandler = Callable[[list[Message]], Iterable[Message]]
+"""Train messages of one cohort → their replies, in any order, as they come."""
 
 FAILED = "the client application failed; see the log of its site"
 NO_SUCH_NODE = "no such node"

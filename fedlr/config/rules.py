@@ -48,7 +48,6 @@ def range_problems(config: RunConfig) -> list[str]:
         (checks.positive, "federation.start_timeout_s", (federation.start_timeout_s,)),
         (checks.at_least, "federation.cpus_per_client", (federation.cpus_per_client, 1)),
         (checks.non_negative, "federation.gpus_per_client", (federation.gpus_per_client,)),
-        (checks.at_least, "kernels.physical_batch", (config.kernels.physical_batch, 1)),
         (checks.at_least, "kernels.prefix_cache_mb", (config.kernels.prefix_cache_mb, 0)),
         (checks.in_range, "data.validation_fraction", (config.data.validation_fraction, 0.01, 0.9)),
     ]
@@ -63,7 +62,10 @@ def range_problems(config: RunConfig) -> list[str]:
         (checks.positive, "optimizer.head_learning_rate", optimizer.head_learning_rate, ()),
         (checks.at_least, "data.max_examples", config.data.max_examples, (1,)),
         (checks.positive, "federation.round_timeout_s", federation.round_timeout_s, ()),
+        (checks.at_least, "kernels.physical_batch", config.kernels.physical_batch, (1,)),
         (checks.at_least, "kernels.threads", config.kernels.threads, (1,)),
+        (checks.at_least, "kernels.tokens_per_batch", config.kernels.tokens_per_batch, (1,)),
+        (checks.at_least, "kernels.fused_clients", config.kernels.fused_clients, (1,)),
     ]
     tests.extend((check, name, (v, *rest)) for check, name, v, rest in optional if v is not None)
     problems = []
@@ -157,7 +159,14 @@ def _model_rules(config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             adapter.layers is not None and not adapter.layers,
-            "adapter.layers is empty; list layer indices, or null for all",
+            "adapter.layers is empty; list layer indices, or top:k for the k top ones, or null "
+            "for all",
+        ),
+        (
+            config.model.precision != "float32" and config.kernels.tokens_per_batch is not None,
+            f"kernels.tokens_per_batch is set but model.precision = {config.model.precision} "
+            "computes each row in a shape of its own; set kernels.tokens_per_batch=null and lower "
+            "kernels.physical_batch",
         ),
         (
             head.kind == "random_cls" and head.trained,

@@ -31,15 +31,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run that Ctrl-C stopped in its third round, whose result is a mean of two states."""
     calls = iter(range(1000))
-    train = Site._run
+    complete = Site._complete
 
     def stopped(site: Site, *given: Any) -> Any:
         if next(calls) == 5:  # two clients a round
             raise KeyboardInterrupt
-        return train(site, *given)
+        return complete(site, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Site, "_run", stopped)
+        patch.setattr(Site, "_complete", stopped)
         yield simulate(tmp_path_factory.mktemp("part"), "federation.average_rounds=2", status=130)
 
 

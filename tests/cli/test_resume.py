@@ -5,21 +5,20 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from torch import Tensor
 
 from client.site import Site
 from fedlr.cli.main import main
-from fedlr.methods.method import PartKey
+from fedlr.methods.method import ClientUpdate
 from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report.records import Refusal, read_rounds, read_summary
@@ -211,18 +210,18 @@ def test_other_data_than_the_run_began_with_are_refused(
 def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished private run of two rounds, whose second one was cut short for client-000."""
     folder = tmp_path_factory.mktemp("private")
-    real, before = Site._run, Path.cwd()
+    real, before = Site._complete, Path.cwd()
 
-    def cut(site: Site, *arguments: Any) -> dict[PartKey, Tensor]:
-        trained = real(site, *arguments)
+    def cut(site: Site, *given: Any) -> ClientUpdate:
         if (next(folder.rglob("rounds.jsonl"))).read_text().count("\n") == 1:
             raise KeyboardInterrupt
-        return trained
+        return real(site, *given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(Site, "_run", cut)
-        assert main(["simulate", "debug=tiny", "federation.rounds=2"]) == 130
+        patch.setattr(Site, "_complete", cut)
+        words = ["debug=tiny", "federation.rounds=2", "kernels.fused_clients=1"]
+        assert main(["simulate", *words]) == 130
     assert Path.cwd() == before
     run = run_folder(folder)
     assert go_on(run) == 0
@@ -257,10 +256,11 @@ def lose_checkpoint(run: Path) -> None:
 def forget_a_round(run: Path) -> None:
     """Put ledger and witness of one client back to where they were."""
     path = run / "ledgers" / "client-001.sqlite"
-    path.with_name(f"{path.name}.witness").unlink()
-    with sqlite3.connect(path) as connection:
-        connection.execute("DELETE FROM entries WHERE round = 1")
-    connection.close()
+    with closing(SqliteLedger(path)) as ledger:
+        source = ledger.source_id
+    for file in (path, path.with_name(f"{path.name}.witness")):
+        file.unlink()
+    SqliteLedger(path, source).close()
 
 
 @pytest.mark.parametrize(

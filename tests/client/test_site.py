@@ -101,6 +101,21 @@ class SpyTrainer:
         return found
 
 
+def job_for(parts: Parts, **changes: Any) -> Job:
+    """The first phase of round 0, which trains B and head."""
+    values: dict[str, Any] = {
+        "run": "run",
+        "round": 0,
+        "phase": 0,
+        "nonce": "nonce-0",
+        "train": BOTH,
+        "send": BOTH,
+        "parts": parts,
+        "provenance": PROVENANCE,
+    }
+    return Job(**(values | changes))
+
+
 @dataclass
 class Bench:
     """A site and everything it is made of."""
@@ -112,17 +127,7 @@ class Bench:
     calls: list[str]
 
     def job(self, **changes: Any) -> Job:
-        values: dict[str, Any] = {
-            "run": "run",
-            "round": 0,
-            "phase": 0,
-            "nonce": "nonce-0",
-            "train": BOTH,
-            "send": BOTH,
-            "parts": self.parts,
-            "provenance": PROVENANCE,
-        }
-        return Job(**(values | changes))
+        return job_for(**{"parts": self.parts, **changes})
 
     @property
     def parts(self) -> Parts:

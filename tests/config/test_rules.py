@@ -57,6 +57,7 @@ LOWEST: dict[str, int] = {
     "privacy.rows_per_user": 1,
     "data.max_examples": 1,
     "kernels.threads": 1,
+    "kernels.fused_clients": 1,
 }
 
 POSITIVE = (
@@ -125,6 +126,7 @@ def test_every_field_with_a_range_is_in_the_tables(monkeypatch: pytest.MonkeyPat
         *(("method.update_norm_bound", 1.0), ("privacy.delta", 0.1), ("privacy.head_share", 0.5)),
         *(("privacy.max_joins", 1), ("optimizer.head_learning_rate", 1.0)),
         *(("data.max_examples", 1), ("kernels.threads", 1), ("model.head.trained", True)),
+        ("kernels.fused_clients", 1),
         *(("federation.round_timeout_s", 1.0), ("privacy.rows_per_user", 1)),
         ("privacy.unit", "user"),
     ]

@@ -1,0 +1,63 @@
+"""Sites of one process that train together: one pass through the model for all of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from client.site import Prepared, Site
+from fedlr.config import RunConfig
+from fedlr.methods.method import ClientUpdate, Parts
+from fedlr.training.fused import train_together
+from fedlr.training.jobs import Abstention, Job
+
+_log = logging.getLogger("fedlr.site")
+
+
+def clients_together(config: RunConfig) -> int:
+    """Return how many clients share a pass; 1 trains one after the other.
+
+    Args:
+        config: ``kernels.fused_clients``, or where that is null as many expected batches
+            as fill a physical one. Every number in it is public.
+    """
+    kernels = config.kernels
+    if kernels.fused_clients is not None:
+        return kernels.fused_clients
+    if config.privacy.mode == "none" or kernels.gradients != "captured":
+        return 1
+    return max(1, (kernels.physical_batch or 1) // config.optimizer.expected_batch)
+
+
+def train_fused(orders: Sequence[tuple[Site, Job]]) -> list[ClientUpdate | Abstention]:
+    """Train the sites of one process together, each as if it were alone.
+
+    Every site checks and books its own job before the first gradient, and commits its own
+    update before it leaves, as in `Site.train_many`.
+
+    Args:
+        orders: (site, job) pairs; all sites share one trainer.
+
+    Returns:
+        One outcome a pair, in their order. Where training fails, it fails for all that
+        were booked: their rounds are spent.
+    """
+    found = [site.prepare(job) for site, job in orders]
+    booked = {i: answer for i, answer in enumerate(found) if isinstance(answer, Prepared)}
+    trained: dict[int, Parts] = {}
+    try:
+        if booked:
+            sites = [orders[index][0] for index in booked]
+            tasks = [prepared.task for prepared in booked.values()]
+            results = train_together(sites[0].trainer, tasks, [site.units for site in sites])
+            trained = dict(zip(booked, results, strict=True))
+    except Exception:
+        _log.exception("%d sites that train together: the round failed", len(booked))
+    outcomes: list[ClientUpdate | Abstention] = []
+    for index, ((site, _), answer) in enumerate(zip(orders, found, strict=True)):
+        if isinstance(answer, Prepared):
+            own = trained.get(index)
+            outcomes.append(site.failed() if own is None else site.complete(answer, own))
+        else:
+            outcomes.append(answer)
+    return outcomes
