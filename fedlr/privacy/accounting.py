@@ -1,8 +1,8 @@
 """Events → ε: numerical composition (PRV), with Rényi accounting where that fails.
 
-The random variables and the divergences of whole order are Opacus's. Composition is one
-product of spectra here, and fractional orders one sum, so that a history of a hundred
-mechanisms costs about a second. This file also decides when to believe the result.
+The divergences of whole order are Opacus's; fractional orders are one sum here, and
+composition one product of spectra (`fedlr.privacy.composition`), so that a history of a
+hundred mechanisms costs about a second. This file decides when to believe the result.
 """
 
 from __future__ import annotations
@@ -14,34 +14,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fedlr import checks
 from fedlr.errors import LedgerError
+from fedlr.privacy import composition
 from fedlr.privacy.events import Release, merge
-
-if TYPE_CHECKING:
-    from opacus.accountants.analysis.prv import Domain
 
 Floats = npt.NDArray[np.float64]
 
 Accountant = Literal["prv", "rdp"]
 ACCOUNTANTS: tuple[Accountant, ...] = ("prv", "rdp")
 
-EPSILON_ERROR = 0.001
-"""Discretisation error of PRV, added to the returned upper bound."""
-
 MOST_MECHANISMS = 128
 """Different mechanisms composed as they are; more are first rounded to the unsafe side."""
 
-_LARGEST_EPSILON_ERROR = 0.1
-_MESH_POINTS = 2**22
-_TOTAL_MESH_POINTS = 2**24
-# exp overflows float64 at 709, and the PRV density holds exp(2t).
-_LARGEST_DOMAIN = 300.0
 # Opacus's series for fractional orders does not end where σ² underflows.
 _SMALLEST_NOISE_MULTIPLIER = 0.01
 # Of Rényi divergence: any set gives a bound.
@@ -70,15 +60,16 @@ class Cost:
 def epsilon(events: Sequence[Release], delta: float, accountant: Accountant = "prv") -> float:
     """Return an upper bound on the ε of everything in ``events``, composed adaptively.
 
-    ``"prv"`` composes privacy loss random variables by FFT and returns the *upper*
-    end of the interval that discretisation leaves (the estimate plus its error 0.001,
-    and δ reduced by the δ error δ/1000). The mesh is bounded to 2²² points per
-    mechanism and 2²⁴ in all, so for long or very unprivate histories, and those of
-    many mechanisms, the added error grows above 0.001, to 0.1 at most; the value
-    stays an upper bound. The Rényi bound is returned instead where PRV fails, is not
-    finite, would need a coarser mesh than that, contradicts the closed form of a
-    single step (so is no bound at all), is simply larger, or where δ is so small that
-    the rounding of double precision over the steps may reach it.
+    ``"prv"`` composes privacy loss random variables by FFT, those of removing the unit
+    and those of adding it, and returns the larger of the *upper* ends of the intervals
+    that discretisation leaves (the estimate plus its error 0.001, and δ reduced by the
+    δ error δ/1000). The mesh is bounded to 2²² points per mechanism and 2²⁴ in all, so
+    for long or very unprivate histories, and those of many mechanisms, the added error
+    grows above 0.001, to 0.1 at most; the value stays an upper bound. The Rényi bound is
+    returned instead where PRV fails, is not finite, would need a coarser mesh than that,
+    contradicts the closed form of a single step (so is no bound at all), finds losses
+    where there can be none, is simply larger, or where δ is so small that the rounding
+    of double precision over the steps may reach it.
 
     Args:
         events: Any number of events, in any order; equal mechanisms are merged
@@ -216,6 +207,8 @@ def _divergences(sigma: float, rate: float) -> Floats:
 
     fractional = theirs(_FRACTIONAL_ORDERS) if rate == 1 else _fractional(sigma, rate)
     found = np.concatenate([fractional, theirs(_INTEGER_ORDERS)])
+    # What rounding can have taken away.
+    found = found * (1 + 1e-12) + 1e-12
     found.setflags(write=False)
     return found
 
@@ -224,15 +217,14 @@ def _fractional(sigma: float, rate: float) -> Floats:
     """Return log(E[exp(α·Y)])/(α - 1) for every fractional order α, by equal spacing.
 
     Y is the privacy loss of x ~ N(0, σ²). The integrand is a Gaussian around a point
-    in [0, α] times an analytic function, see `_mean`.
+    in [0, α] times an analytic function, see `composition.means`.
     """
-    x, width = _nodes(sigma, max(_FRACTIONAL_ORDERS))
-    loss = _loss(x, sigma, rate)
+    x, width = composition.nodes(sigma, max(_FRACTIONAL_ORDERS))
+    loss = composition.loss(x, sigma, rate)
     base = math.log(width / (sigma * math.sqrt(2 * math.pi))) - (x / sigma) ** 2 / 2
     moments = [np.logaddexp.reduce(base + order * loss) for order in _FRACTIONAL_ORDERS]
     found: Floats = np.array(moments) / (np.array(_FRACTIONAL_ORDERS) - 1)
-    # What rounding can have taken away.
-    return found * (1 + 1e-12) + 1e-12
+    return found
 
 
 def _from_renyi(divergences: Floats | int, delta: float) -> float:
@@ -245,151 +237,32 @@ def _from_renyi(divergences: Floats | int, delta: float) -> float:
 
 def _numerical(history: tuple[Release, ...], delta: float) -> float:
     """Return the PRV upper bound on ε, ``inf`` where it cannot be computed or believed."""
-    if delta < _ROUNDING_MARGIN * sum(event.steps for event in history) * 2.0**-52:
-        return math.inf  # what double precision loses in the spectra is no longer below δ
     try:
+        if delta < _ROUNDING_MARGIN * sum(event.steps for event in history) * 2.0**-52:
+            return math.inf  # what double precision loses in the spectra is no longer below δ
         half_width = _half_width(history, delta / 1000)
-        error = _mesh_error(history, delta / 1000, half_width)
-        if not (half_width < _LARGEST_DOMAIN and error <= _LARGEST_EPSILON_ERROR):
-            return math.inf
-        value = _composed(history, delta, half_width, error)
+        value = composition.upper_epsilon(history, delta, half_width)
     except (ArithmeticError, ValueError, RuntimeError, MemoryError):
         return math.inf
     if not math.isfinite(value):
         return math.inf
     value = max(value, 0.0)
-    if any(_single_step_delta(event, value) > delta for event in history):
+    if any(composition.single_step_delta(event, value) > delta for event in history):
         return math.inf
     return value
 
 
 def _half_width(history: tuple[Release, ...], delta_error: float) -> float:
-    """Return L: the privacy loss, of all and of each step, is in [-L, L] but for δ_error.
+    """Return W: the privacy loss, of all and of each step, is in [-W, W] but for δ_error.
 
-    Remark 5.6 of Gopi et al. as Opacus reads it, with Rényi bounds.
+    Remark 5.6 of Gopi et al. as Opacus reads it, with Rényi bounds. (ε, δ) bounds the tail:
+    P(loss > ε + x) ≤ δ/(1 - exp(-x)), so that 2 of the 3 that are added would do.
     """
     steps = sum(event.steps for event in history)
     single = [_divergences(*_mechanism(event)) for event in history]
     total = sum(event.steps * found for event, found in zip(history, single, strict=True))
     widest = max(_from_renyi(found, delta_error / (8 * steps)) for found in single)
-    return max(_from_renyi(total, delta_error / 4), widest, EPSILON_ERROR) + 3
-
-
-def _mesh_error(history: tuple[Release, ...], delta_error: float, half_width: float) -> float:
-    """Return the PRV error: 0.001, or what the bounded mesh leaves."""
-    points = min(_MESH_POINTS, _TOTAL_MESH_POINTS // len(history))
-    return max(EPSILON_ERROR, 2 * half_width * _cells(history, delta_error) / points)
-
-
-def _cells(history: tuple[Release, ...], delta_error: float) -> float:
-    """Return how many cells of the mesh make up the error: √(steps·ln(12/δ_error)/2)."""
-    steps = sum(event.steps for event in history)
-    return math.sqrt(steps * math.log(12 / delta_error) / 2)
-
-
-def _composed(history: tuple[Release, ...], delta: float, half_width: float, error: float) -> float:
-    """Return the upper end of PRV's interval for ε.
-
-    Algorithm 1 of Gopi et al.: each step's privacy loss is discretised on one mesh, so
-    that its mean stays what it is, and the discrete ones are convolved, modulo the
-    domain; here as one product of spectra.
-    """
-    from opacus.accountants.analysis.prv.prvs import DiscretePRV
-
-    delta_error = delta / 1000
-    cell = error / _cells(history, delta_error)
-    domain = _domain(half_width, cell)
-    spectrum: npt.NDArray[np.complex128] | float = 1.0
-    shift, steps = 0.0, 0
-    for event in history:
-        mass = _mass(event, domain)
-        gap = _mean(event) - float(np.dot(domain.ts, mass))
-        if not abs(gap) < cell / 2:
-            raise RuntimeError("the discrete mean differs from the continuous one")
-        spectrum = spectrum * np.fft.rfft(mass) ** event.steps
-        shift, steps = shift + event.steps * gap, steps + event.steps
-    # Zero is in the middle of the mesh, and in that of a sum of `steps` places too far right.
-    middle = domain.size // 2 - 1
-    total = np.roll(np.fft.irfft(spectrum, domain.size), -(steps - 1) * middle % domain.size)
-    found = DiscretePRV(total, domain.shift_right(shift))
-    return float(found.compute_epsilon(delta, delta_error, error)[2])
-
-
-def _domain(half_width: float, cell: float) -> Domain:
-    """Return a mesh over at least ±half_width, of a size that FFT likes, zero in its middle."""
-    from opacus.accountants.analysis.prv import Domain
-
-    size = 2 * math.ceil(half_width / cell) + 2
-    unit = 2 ** max(size.bit_length() - 4, 1)
-    size = -(-size // unit) * unit
-    middle = size // 2 - 1
-    return Domain(-middle * cell, (size - 1 - middle) * cell, size)
-
-
-def _mass(event: Release, domain: Domain) -> Floats:
-    """Return the probabilities of one step's privacy loss by cell, given it is on the mesh."""
-    from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV
-
-    sigma, rate = _mechanism(event)
-    edges = np.append(domain.ts, domain.t_max + domain.dt) - domain.dt / 2
-    edges[0], edges[-1] = domain.t_min, domain.t_max
-    # The loss of a step is at least log(1 - q); below that there is nothing to compute.
-    least = np.searchsorted(edges, math.log1p(-rate)) if rate < 1 else 0
-    below = np.zeros(len(edges))
-    below[least:] = PoissonSubsampledGaussianPRV(rate, sigma).cdf(edges[least:])
-    mass: Floats = np.diff(below) / (below[-1] - below[0])
-    return mass
-
-
-def _mean(event: Release) -> float:
-    """Return the mean of one step's privacy loss.
-
-    That is `_loss` of x ~ (1 - q)·N(0, σ²) + q·N(1, σ²): an analytic function times a
-    Gaussian, for which equal spacing is as exact as float64.
-    """
-    sigma, rate = _mechanism(event)
-    x, width = _nodes(sigma, 1.0)
-    loss = _loss(x, sigma, rate)
-    density = (1 - rate) * np.exp(-((x / sigma) ** 2) / 2)
-    density += rate * np.exp(-(((x - 1) / sigma) ** 2) / 2)
-    return float(np.dot(loss, density) * width / (sigma * math.sqrt(2 * math.pi)))
-
-
-def _nodes(sigma: float, last: float) -> tuple[Floats, float]:
-    """Return equally spaced points that hold every N(μ, σ²) with μ in [0, last], and their gap.
-
-    The loss is analytic within πσ² of the real line, so 1/4 of σ² is close enough.
-    """
-    count = math.ceil((last + 20 * sigma) / min(sigma / 8, sigma**2 / 4))
-    x, width = np.linspace(-10 * sigma, last + 10 * sigma, count, retstep=True)
-    return x, float(width)
-
-
-def _loss(x: Floats, sigma: float, rate: float) -> Floats:
-    """Return the privacy loss of one step with output ``x``: log(1 - q + q·exp((2x - 1)/(2σ²)))."""
-    exponent: Floats = (2 * x - 1) / (2 * sigma**2)
-    if rate == 1:
-        return exponent
-    small = np.log1p(rate * np.expm1(np.minimum(exponent, 30.0)))
-    large = np.logaddexp(math.log1p(-rate), math.log(rate) + exponent)
-    return np.where(exponent < 30.0, small, large)
-
-
-def _single_step_delta(event: Release, epsilon_value: float) -> float:
-    """Return the exact δ(ε) of *one* step for removal: a lower bound for any history.
-
-    With P = (1-q)·N(0, σ²) + q·N(1, σ²) and Q = N(0, σ²), the likelihood ratio
-    1 - q + q·exp((2x - 1)/(2σ²)) exceeds e^ε exactly for x > x*, and δ(ε) is
-    P(x > x*) - e^ε·Q(x > x*).
-    """
-    sigma, rate = event.noise_multiplier, event.sample_rate
-    if epsilon_value > _LARGEST_DOMAIN:
-        return 0.0
-    ratio = math.expm1(epsilon_value) / rate + 1.0
-    threshold = sigma**2 * math.log(ratio) + 0.5
-    below = math.erfc(threshold / (sigma * math.sqrt(2))) / 2
-    above = math.erfc((threshold - 1) / (sigma * math.sqrt(2))) / 2
-    return (1 - rate) * below + rate * above - math.exp(epsilon_value) * below
+    return max(_from_renyi(total, delta_error / 4), widest, composition.EPSILON_ERROR) + 3
 
 
 def _mechanism(event: Release) -> tuple[float, float]:

@@ -40,7 +40,8 @@ def noise_multiplier(
         `fedlr.privacy.accounting.epsilon`. The upper inequality always holds;
         the lower one fails only where that function jumps across the whole
         tolerance band, which happens where PRV stops being usable (ε in the
-        hundreds).
+        hundreds, or σ so small that one step's loss is), and where nothing costs
+        enough: with q·steps < δ no σ need reach the target.
 
     Raises:
         ValueError: An argument is outside its range, or the target cannot be
