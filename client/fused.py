@@ -6,27 +6,11 @@ import logging
 from collections.abc import Sequence
 
 from client.site import Prepared, Site
-from fedlr.config import RunConfig
 from fedlr.methods.method import ClientUpdate, Parts
 from fedlr.training.fused import train_together
 from fedlr.training.jobs import Abstention, Job
 
 _log = logging.getLogger("fedlr.site")
-
-
-def clients_together(config: RunConfig) -> int:
-    """Return how many clients share a pass; 1 trains one after the other.
-
-    Args:
-        config: ``kernels.fused_clients``, or where that is null as many expected batches
-            as fill a physical one. Every number in it is public.
-    """
-    kernels = config.kernels
-    if kernels.fused_clients is not None:
-        return kernels.fused_clients
-    if config.privacy.mode == "none" or kernels.gradients != "captured":
-        return 1
-    return max(1, (kernels.physical_batch or 1) // config.optimizer.expected_batch)
 
 
 def train_fused(orders: Sequence[tuple[Site, Job]]) -> list[ClientUpdate | Abstention]:

@@ -17,8 +17,8 @@ from client.site import Site
 from fedlr.build import Workbench, build
 from fedlr.config import RunConfig, from_json
 from fedlr.doctor.checkup import quick
-from fedlr.errors import LedgerError
-from fedlr.orders import SiteOrder, read_policies
+from fedlr.errors import ConfigError, LedgerError
+from fedlr.orders import SiteOrder, policy_digest, read_policies
 from fedlr.planning import ClientPlan, max_joins
 from fedlr.privacy.booking import Booking, History, JobKey, Ledger
 from fedlr.privacy.events import Release
@@ -42,8 +42,20 @@ def make_sites(workbench: Workbench, order: SiteOrder | None) -> list[Site]:
         workbench: What `fedlr.build.build` returned.
         order: Of the run; its ledgers are there already, and none is made: a client
             whose file is lost abstains. None keeps ledgers in memory, for tests.
+
+    Raises:
+        ConfigError: What operators allow is not what it was when the order was made.
     """
     policies = read_policies(workbench.config)
+    if order is not None:
+        found = tuple(policy_digest(policies.get(client)) for client in order.clients)
+        if found != order.policies:
+            raise ConfigError(
+                [
+                    "privacy.policies are not those that the run began or was resumed with; bring "
+                    "them back as they were, or stop the run and resume it"
+                ]
+            )
     return [
         Site(
             policy=_policy(workbench.config, plan, policies.get(plan.name)),

@@ -39,11 +39,13 @@ class Prepared:
     """A job that is booked and waits to be trained.
 
     Attributes:
+        client: Whose it is.
         job: The job.
         task: What to train, with streams of its own.
         epsilon: ε spent with it; None where privacy is off.
     """
 
+    client: str
     job: Job
     task: LocalTask
     epsilon: float | None
@@ -171,7 +173,7 @@ class Site:
         """Reserve; stop before a round that would exceed the budget."""
         policy = self.policy
         if policy.mode == "none":
-            return Prepared(job, self._task(job, None), None)
+            return Prepared(policy.client, job, self._task(job, None), None)
         key, digest = self._key(job), job_digest(job)
         booking = self._ledger.recall(key)
         if booking is not None and (policy.mode == "dp" or booking.committed):
@@ -184,10 +186,12 @@ class Site:
         else:
             # A dry job that was cut short has nothing to pay: it is done again.
             spent = self._epsilon()
-        return Prepared(job, self._task(job, mechanism), spent)
+        return Prepared(policy.client, job, self._task(job, mechanism), spent)
 
     def _complete(self, prepared: Prepared, trained: Parts) -> ClientUpdate:
         """Commit what was trained, and only then let it leave."""
+        if prepared.client != self.policy.client:
+            raise ValueError(f"the job was booked by {prepared.client}, not by this site")
         if self.policy.mode != "none":
             update = safetensors.numpy.save(codec.encode(trained))
             self._ledger.commit(self._key(prepared.job), self._release(), update)

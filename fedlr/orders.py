@@ -7,7 +7,10 @@ in which everything spent elsewhere would be missing.
 
 from __future__ import annotations
 
+import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,6 +44,7 @@ class SiteOrder:
     noise: tuple[float, ...]
     ledgers: tuple[str, ...]
     sources: tuple[str, ...]
+    policies: tuple[str, ...]
 
     def ledger(self, client: str) -> Path:
         """Return the file of a client's ledger."""
@@ -78,6 +82,8 @@ def read_policies(config: RunConfig) -> dict[str, Limits]:
                 f"{client_name(config.federation.clients - 1)}"
             )
         if path.suffix != ".toml":
+            if path.suffix.lower() == ".toml" and path.stem in names:
+                problems.append(f"policy {path} must end in .toml, in small letters; rename it")
             continue
         try:
             found[path.stem] = read_limits(path)
@@ -103,7 +109,7 @@ def check_policies(
             another source's, or two name one; all problems at once.
     """
     policies = read_policies(config)
-    problems, owners = list[str](), dict[Path, str]()
+    problems, owners = list[str](), dict[object, str]()
     for client in clients:
         limits = policies.get(client.name)
         if limits is None:
@@ -119,29 +125,50 @@ def check_policies(
         )
         problems += limits.conflicts(run)
         if limits.ledger is not None:
-            problems += _about_ledger(client.name, limits.ledger, limits.source_id)
-            if (other := owners.setdefault(limits.ledger, client.name)) != client.name:
+            problems += _about_ledger(run, limits.ledger, limits.source_id)
+            keys = (limits.ledger, limits.source_id, _inode(limits.ledger))
+            held = {owners.setdefault(key, client.name) for key in keys if key is not None}
+            if others := sorted(held - {client.name}):
                 problems.append(
-                    f"the policies of {other} and {client.name} name one ledger, {limits.ledger}; "
-                    "give each client that of its own data"
+                    f"the policies of {others[0]} and {client.name} name one ledger or source id, "
+                    f"{limits.ledger} ({limits.source_id!r}); give each client that of its own data"
                 )
     if problems:
         raise ConfigError(problems)
 
 
-def _about_ledger(client: str, path: Path, source_id: str | None) -> list[str]:
+def _about_ledger(run: Declared, path: Path, source_id: str | None) -> list[str]:
     """Return what is wrong with the ledger that a client's policy names."""
     if not path.exists():
         return [
-            f"the policy of {client} names the ledger {path}, which does not exist; bring it "
-            f"back, or for data that never had one: fedlr ledger new {path} --source-id "
-            f"{source_id} --disjoint <reason>"
+            f"the policy of {run.client} names the ledger {path}, which does not exist; bring it "
+            f"back, or for data that never had one: fedlr ledger new {shlex.quote(str(path))} "
+            f"--source-id {shlex.quote(str(source_id))} --disjoint '<reason>'"
         ]
     try:
-        SqliteLedger(path, source_id).close()
+        with closing(SqliteLedger(path, source_id)) as ledger:
+            units = sorted({event.unit for event in ledger.spent()} - {run.unit})
     except LedgerError as error:
-        return [f"the policy of {client}: {error}"]
-    return []
+        return [f"the policy of {run.client}: {error}"]
+    return [
+        f"the ledger {path} of {run.client} holds releases of the unit {unit}, the run has "
+        f"privacy.unit = {run.unit}; they cannot be composed, set privacy.unit={unit}"
+        for unit in units
+    ]
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    """Return what tells one file from another, whatever its names; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def policy_digest(limits: Limits | None) -> str:
+    """Return sha256, hex, of what an operator allows; empty where nobody said anything."""
+    return "" if limits is None else hashlib.sha256(repr(limits.canonical()).encode()).hexdigest()
 
 
 def _source(run: str, client: str) -> str:
@@ -179,6 +206,7 @@ def prepare(
         noise=tuple(noise.values()),
         ledgers=tuple(ledgers),
         sources=tuple(sources),
+        policies=tuple(policy_digest(policies.get(client)) for client in noise),
     )
     if not resumed:
         folder.mkdir(exist_ok=True)
@@ -196,8 +224,12 @@ def _absolute(config: RunConfig) -> RunConfig:
         model = replace(model, name=str(Path(model.name).absolute()))
     if data.path is not None:
         data = replace(data, path=str(Path(data.path).absolute()))
+    if data.cache is not None:
+        data = replace(data, cache=str(Path(data.cache).expanduser().absolute()))
     policies = config.privacy.policies
-    privacy = replace(config.privacy, policies=policies and str(Path(policies).absolute()))
+    if policies is not None:
+        policies = str(Path(policies).expanduser().absolute())
+    privacy = replace(config.privacy, policies=policies)
     return replace(config, model=model, data=data, privacy=privacy)
 
 

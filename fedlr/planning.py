@@ -72,6 +72,23 @@ def max_joins(config: RunConfig) -> int:
     return min(rounds, config.privacy.max_joins or rounds)
 
 
+def clients_together(config: RunConfig) -> int:
+    """Return how many clients share a pass through the model; 1 trains one after the other.
+
+    Args:
+        config: Engine ``local``: ``kernels.fused_clients``, or where that is null as many
+            expected batches as fill a physical one. Every number in it is public.
+    """
+    kernels = config.kernels
+    if config.federation.engine != "local":
+        return 1
+    if kernels.fused_clients is not None:
+        return kernels.fused_clients
+    if config.privacy.mode == "none" or kernels.gradients != "captured":
+        return 1
+    return max(1, (kernels.physical_batch or 1) // config.optimizer.expected_batch)
+
+
 def declared_size(count: int) -> int:
     """Return N, which a client declares public: its number of units, two digits of it.
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import secrets
 import time
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -19,15 +18,15 @@ from fedlr.doctor.checkup import quick
 from fedlr.errors import ConfigError, RunError
 from fedlr.orders import SiteOrder, check_policies, prepare
 from fedlr.planning import Say
-from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report.facts import ClientFacts, RunFacts, check_same, read_facts, write_facts
 from fedlr.report.folder import CONFIG_FILE, create_run_folder, output_folder, write_config
 from fedlr.report.live import LiveProgress
 from fedlr.report.records import RoundLog, Summary, read_summary
+from server import books
 from server.hooks import Hooks
 from server.journal import ROUNDS, FileJournal, write_head
 from server.outcome import Checkpoint, Outcome, StrategyConfig
-from server.results import SUMMARY, ledger_epsilon, settle, summarise, write_results
+from server.results import SUMMARY, settle, summarise, write_results
 from server.strategy import FederatedStrategy
 
 LEDGERS = "ledgers"
@@ -134,11 +133,16 @@ def begin(workbench: Workbench, began: float | None = None, say: Say = lambda _:
     write_config(folder, to_json(config))
     facts = facts_of(workbench, f"{folder.parent.name}-{folder.name}-{secrets.token_hex(4)}")
     journal = FileJournal(folder)
-    write_head(folder, workbench.whole_head)
-    order = prepare(config, facts.run, folder / LEDGERS, _noise(facts))
-    facts = replace(facts, notices=(*facts.notices, *_about_ledgers(order)))
-    write_facts(folder, facts)
-    _observe(workbench, order, say)
+    try:
+        write_head(folder, workbench.whole_head)
+        order = prepare(config, facts.run, folder / LEDGERS, _noise(facts))
+        books.observe(workbench, order, say)
+        told = (*facts.notices, *books.notices(order))
+        facts = replace(facts, notices=told, sources=order.sources)
+        write_facts(folder, facts)
+    except BaseException:
+        journal.close()
+        raise
     return Session(workbench, folder, facts, order, _first(workbench), journal, began)
 
 
@@ -182,8 +186,8 @@ def resume(folder: Path, say: Say = lambda _: None) -> Session:
         quick(workbench)
         start = journal.checkpoint(workbench.layout) or _first(workbench)
         order = order_of(folder, config, facts)
-        _check_ledgers(config, facts, order, start)
-        _observe(workbench, order, say)
+        books.check_resumed(config, facts, order, start)
+        books.observe(workbench, order, say)
     except BaseException:
         journal.close()
         raise
@@ -272,51 +276,3 @@ def _first(workbench: Workbench) -> Checkpoint:
 
 def _digest(config: RunConfig) -> str:
     return hashlib.sha256(to_json(config).encode()).hexdigest()
-
-
-def _about_ledgers(order: SiteOrder) -> tuple[str, ...]:
-    """Return what readers of the result must know of ledgers that other runs write to as well."""
-    standing = [client for client in order.clients if not order.is_own(client)]
-    if not standing:
-        return ()
-    return (
-        f"ε of {', '.join(standing)} is that of their operators' own ledgers: of everything "
-        "released from those data, by this run and by others.",
-    )
-
-
-def _observe(workbench: Workbench, order: SiteOrder, say: Say) -> None:
-    """Let operators' own ledgers notice that their data have changed."""
-    for plan in workbench.clients:
-        if not order.is_own(plan.name):
-            with closing(SqliteLedger(order.ledger(plan.name), order.source(plan.name))) as ledger:
-                changed = ledger.observe(workbench.data.rows_sha256(plan.units.rows))
-            if changed:
-                say(
-                    f"the rows of {plan.name} are not those that its ledger saw last; what was "
-                    "released before goes on counting. A unit that another client had before has "
-                    "spent there too: keep seed and partition, or compose the ledgers"
-                )
-
-
-def _check_ledgers(config: RunConfig, facts: RunFacts, order: SiteOrder, at: Checkpoint) -> None:
-    """Raise RunError where a ledger is gone, or has forgotten what the run knows of it."""
-    readable = ledger_epsilon(config, facts, order)
-    for client in order.clients if config.privacy.mode == "dp" else ():
-        if client not in readable:
-            path = order.ledger(client)
-            if path.exists():  # it says itself what is wrong with it
-                with closing(SqliteLedger(path, order.source(client))) as ledger:
-                    ledger.spent()
-            raise RunError(
-                f"the ledger {path} of {client} is gone: what it spent would be forgotten, and it "
-                "could not take part; bring it back"
-            )
-    for client, found in readable.items():
-        known = at.epsilon.get(client, 0.0)
-        if found < known * (1 - 1e-9):
-            raise RunError(
-                f"the ledger {order.ledger(client)} gives ε = {found:.4g}, but {client} had "
-                f"reported {known:.4g}: it was restored from a backup; bring back the newest one, "
-                "or run `fedlr ledger recover` on it"
-            )

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from fedlr.config import PrivacyConfig, RunConfig, from_json
+from fedlr.config import DataConfig, PrivacyConfig, RunConfig, from_json
 from fedlr.errors import ConfigError, LedgerError, RunError
-from fedlr.orders import check_policies, order_file, prepare, read_order, write_order
+from fedlr.orders import (
+    check_policies,
+    order_file,
+    prepare,
+    read_order,
+    read_policies,
+    write_order,
+)
 from fedlr.planning import ClientPlan
-from fedlr.privacy.ledger import SqliteLedger
+from fedlr.privacy.events import Release
+from fedlr.privacy.ledger import JobKey, SqliteLedger
 from tests.models import units_of
 
 SIGMA = {"client-000": 1.5, "client-001": 0.1 + 0.2}
@@ -68,7 +77,8 @@ def kept(folder: Path, client: str = "client-000", source: str = "ward-7") -> Ru
     """A run whose one client has an operator with a ledger of their own."""
     folder.mkdir(exist_ok=True)
     (folder / f"{client}.toml").write_text(
-        f'ledger = "ward.sqlite"\nsource_id = "{source}"\n[budget]\nepsilon_total = 9\n'
+        f'ledger = "ward.sqlite"\nsource_id = "{source}"\n'
+        "[budget]\nepsilon_total = 9\ndelta = 0.1\n"
     )
     return RunConfig(privacy=PrivacyConfig(policies=str(folder)))
 
@@ -100,6 +110,49 @@ def test_a_ledger_that_a_policy_names_must_be_there_and_be_its_own(tmp_path: Pat
     first, second = caught.value.problems
     assert "belongs to the data source 'ward-7', not to 'ward-8'" in first
     assert "client-000 and client-001 name one ledger" in second
+    SqliteLedger(tmp_path / "ward-8.sqlite", "ward-7").close()
+    text = (tmp_path / "client-000.toml").read_text()
+    (tmp_path / "client-001.toml").write_text(text.replace("ward.sqlite", "ward-8.sqlite"))
+    with pytest.raises(ConfigError, match="name one ledger or source id"):
+        check_policies(config, [plan("client-000"), plan("client-001")], labels)
+
+
+def test_a_ledger_of_another_unit_or_without_its_witness_is_refused_before_the_run(
+    tmp_path: Path,
+) -> None:
+    config = kept(tmp_path)
+    with closing(SqliteLedger(tmp_path / "ward.sqlite", "ward-7")) as ledger:
+        key, event = JobKey("run-0", 0, "client-000", "n"), Release(1.0, 0.1, 1, "user")
+        ledger.reserve(key, event)
+        ledger.commit(key, event)
+    with pytest.raises(ConfigError, match="holds releases of the unit user"):
+        check_policies(config, [plan("client-000")], ("a", "b"))
+    (tmp_path / "ward.sqlite.witness").unlink()
+    with pytest.raises(ConfigError, match="--declare-loss"):
+        check_policies(config, [plan("client-000")], ("a", "b"))
+
+
+def test_a_policy_in_capitals_is_not_overlooked(tmp_path: Path) -> None:
+    (tmp_path / "client-000.TOML").write_text("declared_size = 9\n")
+    config = RunConfig(privacy=PrivacyConfig(policies=str(tmp_path)))
+    with pytest.raises(ConfigError, match="in small letters; rename it"):
+        read_policies(config)
+
+
+def test_an_order_tells_of_the_policies_and_expands_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kept(tmp_path / "policies")
+    config = RunConfig(privacy=PrivacyConfig(policies="~/policies"))
+    order = prepare(config, "run-1", tmp_path / "ledgers", SIGMA)
+    assert from_json(order.config).privacy.policies == str(tmp_path / "policies")
+    assert [bool(digest) for digest in order.policies] == [True, False]
+    before = order.policies
+    assert prepare(config, "run-1", tmp_path / "ledgers", SIGMA, resumed=True).policies == before
+    with (tmp_path / "policies" / "client-000.toml").open("a") as file:
+        file.write("max_joins = 3\n")
+    assert prepare(config, "run-1", tmp_path / "ledgers", SIGMA, resumed=True).policies != before
 
 
 def test_conflicts_of_all_clients_are_told_at_once(tmp_path: Path) -> None:
@@ -110,3 +163,14 @@ def test_conflicts_of_all_clients_are_told_at_once(tmp_path: Path) -> None:
         check_policies(config, [plan(name) for name in SIGMA], ("a", "b"))
     for name, problem in zip(SIGMA, caught.value.problems, strict=True):
         assert f"the policy of {name} says declared_size = 9, the run 8" in problem
+
+
+def test_places_hold_in_a_process_that_works_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ann")
+    for place, meant in (("kept", str(tmp_path / "kept")), ("~/kept", "/home/ann/kept")):
+        config = RunConfig(data=DataConfig(cache=place))
+        order = prepare(config, "run-1", tmp_path / place.replace("/", ""), SIGMA)
+        assert from_json(order.config).data.cache == meant

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlr.cli.arguments import Parser
-from fedlr.errors import RunError
+from fedlr.errors import ConfigError, RunError
 from fedlr.report.facts import read_facts
 from fedlr.report.records import Summary, read_summary
 
@@ -105,7 +105,12 @@ def _summary(folder: Path, model: RunModel, checkpoint: Checkpoint) -> Summary:
         summary = read_summary(folder / SUMMARY)
         if summary.rounds == checkpoint.state.round:  # it may be from before a resume
             outcome = replace(outcome, accuracy=summary.accuracy)
-    outcome = settle(model.config, facts, order_of(folder, model.config, facts), outcome)
+    try:
+        order = order_of(folder, model.config, facts)
+    except ConfigError:  # the policies are elsewhere: the ledgers they name count as unreadable
+        alone = replace(model.config.privacy, policies=None)
+        order = order_of(folder, replace(model.config, privacy=alone), facts)
+    outcome = settle(model.config, facts, order, outcome)
     wall_s = sum(record.wall_s for record in checkpoint.records)
     return summarise(model.config, facts, outcome, wall_s)
 

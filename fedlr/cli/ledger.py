@@ -63,8 +63,20 @@ def run(words: Sequence[str]) -> int:
     )
     given = parser.parse(words)
     if given is not None:
+        _check_options(given)
         _ACTIONS[given.action](given)
     return 0
+
+
+def _check_options(given: argparse.Namespace) -> None:
+    """Raise ConfigError with every option that the action does not take."""
+    problems = [
+        f"--{name.replace('_', '-')} is an option of {action}, not of {given.action}; leave it out"
+        for name, action in _OPTIONS.items()
+        if getattr(given, name) not in (None, False) and given.action != action
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 @contextmanager
@@ -204,6 +216,14 @@ def _json(content: dict[str, object]) -> str:
 
     return json.dumps(plain(content), ensure_ascii=False, allow_nan=False)
 
+
+_OPTIONS = {
+    "delta": "show",
+    "json": "show",
+    "source_id": "new",
+    "disjoint": "new",
+    "declare_loss": "recover",
+}
 
 _ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "show": _show,

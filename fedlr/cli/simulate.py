@@ -120,8 +120,9 @@ def run_session(session: Session) -> Outcome:
 def _run_local(session: Session, server: ServerApp) -> None:
     """Call server and clients in this process, on one resident model."""
     from client.app import make_batch_handler, make_client_app
-    from client.fused import clients_together, train_fused
+    from client.fused import train_fused
     from client.simulation import make_sites
+    from fedlr.planning import clients_together
     from server.app import run_in_process
     from server.grid import InProcessGrid
 

@@ -20,7 +20,7 @@ from fedlr.build import (
 )
 from fedlr.config import RunConfig
 from fedlr.data.sources import load
-from fedlr.doctor import clipping, durability, exchange, frozen, gradients, noise, versions
+from fedlr.doctor import clipping, durability, exchange, frozen, gradients, kernels, noise, versions
 from fedlr.doctor.finding import Check, Finding, find
 from fedlr.doctor.subject import UNITS, Subject, left_as_it_was
 from fedlr.errors import DoctorError
@@ -32,6 +32,7 @@ from fedlr.training.base import check_capacity, check_rows_alone, load_base
 _OTHER_PATH = "set kernels=reference, or kernels.device=cpu, and report it"
 _STOP = "trust no private run of this installation; reinstall fedlr and its requirements"
 _DISK = "set output=<folder on a local disk>, on which SQLite can lock and synchronise"
+_IMPLEMENTATION = "set kernels.implementation=auto"
 _VERSIONS = "install the versions that fedlr asks for (pip install --upgrade fedlr)"
 _SOME = (0, 1)  # the longest row, and the unit of most rows
 
@@ -62,6 +63,7 @@ def examine(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> t
     ]
     checks = [
         *_private_step(subject, removed),
+        Check("kernels", partial(kernels.in_use, config), _IMPLEMENTATION),
         Check("adapter round trip", partial(exchange.round_trip, subject), _STOP),
         Check("secret entropy", noise.secret_entropy, _STOP),
         Check("durable ledger", partial(durability.survives_a_kill, Path(config.output)), _DISK),
@@ -127,11 +129,11 @@ def _private_step(subject: Subject, removed: Mapping[float, Sequence[int]]) -> l
 def _load(config: RunConfig, say: Callable[[str], None]) -> RunModel:
     """Build the model as a run would, on its device."""
     check_names(config)
-    model, kernels = config.model, config.kernels
-    if kernels.threads is not None:
-        torch.set_num_threads(kernels.threads)
+    model, settings = config.model, config.kernels
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(automatic if kernels.device == "auto" else kernels.device)
+    device = torch.device(automatic if settings.device == "auto" else settings.device)
     say(f"loading the model {model.name}")
     seed = config.seed if model.random_weights else None
     base = load_base(model.name, model.revision, model.sha256, seed, model.precision)

@@ -21,11 +21,13 @@ from fedlr.config import RunConfig
 from fedlr.data.batching import TokenisedDataset, UnitIndex
 from fedlr.errors import ModelError
 from fedlr.methods.method import MODEL_ROLES, Method, PartKey, Parts, Role
+from fedlr.planning import clients_together
 from fedlr.privacy.dpsgd import Mechanism, clip_groups
 from fedlr.privacy.noise import task_streams
 from fedlr.restore import RunModel
 from fedlr.training.base import BaseModel
 from fedlr.training.classifier import Classifier
+from fedlr.training.fused import train_together
 from fedlr.training.local import LocalSettings, LocalTask, LocalTrainer
 from fedlr.training.prefix import FrozenPrefix, cache_prefix, find_prefix
 
@@ -146,7 +148,8 @@ class Subject:
     ) -> Tensor:
         """Return what one step releases, undivided, in units of C: (Σ clip + σC·N) / C.
 
-        One SGD step of the whole local path in which every unit is drawn. The step
+        One SGD step of the whole local path, shared with another client where the run's
+        clients share passes, in which every unit is drawn. The step
         is a thousand times the released sum over C, so that what float32 keeps of the
         difference is the sum and not the arrays it was added to.
 
@@ -163,9 +166,17 @@ class Subject:
             steps=1,
             rows_per_user=None,  # drawn anew, so two batches would differ by more than a unit
         )
-        moved = self.trainer(settings, classifier).train(self.task(noise_multiplier, 1.0), units)
+        moved = self._trained(self.trainer(settings, classifier), noise_multiplier, units)
         change = [(self.parts[key].double() - moved[key].double()) for key in self.trained]
         return torch.cat([value.flatten() for value in change]) / _MAGNIFICATION
+
+    def _trained(self, trainer: LocalTrainer, noise_multiplier: float, units: UnitIndex) -> Parts:
+        """Train as the run does: alone, or beside another client that has units of its own."""
+        task = self.task(noise_multiplier, 1.0)
+        if clients_together(self.config) == 1:
+            return trainer.train(task, units)
+        companion = self.task(noise_multiplier, 1.0)
+        return train_together(trainer, [task, companion], [units, chosen_units((0, 1))])[0]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -212,7 +212,8 @@ class Database:
         self._connection, self._counted = None, False
 
     def __del__(self) -> None:
-        self._let_go()
+        with suppress(AttributeError):  # where the interpreter ends, modules are gone already
+            self._let_go()
 
 
 def meta(connection: sqlite3.Connection, name: str) -> str:

@@ -97,7 +97,8 @@ class SqliteLedger:
         shared: bool = False,
         disjoint: str | None = None,
     ) -> None:
-        self.path = Path(path)
+        # A witness lies beside the file itself, whatever link it is opened by.
+        self.path = Path(path) if path == ":memory:" else Path(path).resolve()
         self._witness = None if path == ":memory:" else witness.beside(self.path)
         if self._witness is not None and self._witness.exists() and not self.path.exists():
             raise LedgerError(witness.gone(self.path))

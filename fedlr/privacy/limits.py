@@ -108,6 +108,13 @@ class Limits:
     train: frozenset[Role] | None = None
     bases: frozenset[str] | None = None
 
+    def canonical(self) -> tuple[tuple[str, object], ...]:
+        """Return every value by name, sets in sorted order: equal exactly for equal limits."""
+        return tuple(
+            (name, sorted(value) if isinstance(value, frozenset) else value)
+            for name, value in vars(self).items()
+        )
+
     def conflicts(self, run: Declared) -> list[str]:
         """Return why a run cannot be had under this policy, one sentence each; empty if it can.
 
@@ -190,7 +197,11 @@ def _about_ledger(flat: Mapping[str, Any]) -> list[str]:
     """Return what a policy lacks that names a ledger: whose it is, and how much it may hold."""
     if "ledger" not in flat:
         return []
-    needed = {"source_id": "source_id", "epsilon_total": "budget.epsilon_total"}
+    needed = {
+        "source_id": "source_id",
+        "epsilon_total": "budget.epsilon_total",
+        "delta": "budget.delta",  # or a run's own δ would decide what the budget means
+    }
     return [
         f"ledger = {str(flat['ledger'])!r} needs {label} beside it; add it"
         for name, label in needed.items()

@@ -53,6 +53,7 @@ class RunFacts:
         codec: Schema name of the arrays.
         clients: One entry per client, in client order.
         notices: Sentences a reader of the results must know.
+        sources: What each client's ledger is for, in client order.
     """
 
     run: str
@@ -68,6 +69,7 @@ class RunFacts:
     codec: str
     clients: tuple[ClientFacts, ...]
     notices: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checks.in_range("majority", self.majority, 0.0, 1.0)

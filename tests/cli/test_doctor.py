@@ -18,7 +18,7 @@ from tests.test_build import saved
 
 NAMES = [
     *("per-unit gradients", "clip bound", "noise", "base unchanged"),
-    *("adapter round trip", "secret entropy", "durable ledger", "versions"),
+    *("kernels", "adapter round trip", "secret entropy", "durable ledger", "versions"),
 ]
 
 
@@ -40,7 +40,7 @@ def test_a_sound_machine_passes_and_nothing_is_written(
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
     assert [name for name in NAMES if any(line.startswith(name) for line in lines)] == NAMES
-    assert lines[-1].startswith("8 checks in ")
+    assert lines[-1].startswith("9 checks in ")
     assert lines[-1].endswith("all passed")
     assert max(map(len, lines)) <= 100
     assert shown.err.count("fedlr: checking: ") == len(NAMES)

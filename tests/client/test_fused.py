@@ -8,10 +8,11 @@ from typing import Any, cast
 import pytest
 import torch
 
-from client.fused import clients_together, train_fused
-from client.site import Site
+from client.fused import train_fused
+from client.site import Prepared, Site
 from fedlr.config import KernelsConfig, OptimizerConfig, PrivacyConfig, RunConfig
 from fedlr.methods.method import ClientUpdate
+from fedlr.planning import clients_together
 from fedlr.training.jobs import Abstention, Job
 from fedlr.training.local import LocalTrainer
 from tests.client.test_site import PROVENANCE, STEPS, SpyLedger, job_for, policy
@@ -109,6 +110,18 @@ def test_training_that_breaks_is_spent_by_all_that_were_booked() -> None:
         assert ledger.joins() == 1
 
 
+def test_what_one_site_booked_is_not_completed_by_another() -> None:
+    (first, _), (second, ledger), *_ = sites(tiny())
+    job = jobs_for(tiny())[0]
+    found, own = first.prepare(job), second.prepare(job)
+    assert isinstance(found, Prepared)
+    assert isinstance(own, Prepared)
+    outcome = second.complete(found, job.parts)
+    assert isinstance(outcome, Abstention)
+    assert outcome.code == "failed"
+    assert ledger.calls == ["reserve"]
+
+
 def test_nobody_to_train_is_nothing_to_do() -> None:
     assert train_fused([]) == []
 
@@ -125,6 +138,7 @@ def test_nobody_to_train_is_nothing_to_do() -> None:
         ({"physical_batch": 64}, 8, "dp", 8),
         ({"fused_clients": 3}, 128, "dp", 3),
         ({"fused_clients": 1}, 8, "dp", 1),
+        ({"physical_batch": None}, 8, "dp", 1),
     ],
 )
 def test_as_many_clients_share_a_pass_as_fill_a_physical_batch(
@@ -136,3 +150,5 @@ def test_as_many_clients_share_a_pass_as_fill_a_physical_batch(
         privacy=PrivacyConfig(mode=mode),
     )
     assert clients_together(config) == expected
+    ray = replace(config, federation=replace(config.federation, engine="ray"))
+    assert clients_together(ray) == 1

@@ -18,7 +18,7 @@ from client import simulation
 from client.main import site_of
 from client.simulation import UnreachableLedger, make_sites, site_in_actor
 from fedlr.config import PrivacyConfig, RunConfig, to_json
-from fedlr.errors import LedgerError, RunError
+from fedlr.errors import ConfigError, LedgerError, RunError
 from fedlr.methods.method import ClientUpdate, PartKey, Role
 from fedlr.orders import SiteOrder, order_file, prepare, write_order
 from fedlr.planning import ClientPlan
@@ -146,6 +146,22 @@ def test_a_site_without_its_ledger_abstains_and_makes_none(
 def test_the_ledger_of_another_run_is_refused(tmp_path: Path, built: list[dict[str, Any]]) -> None:
     with pytest.raises(LedgerError, match="run-1/client-000"):
         site_in_actor(order_in(tmp_path, sources=("run-2/client-000",) * 2), node(0))
+
+
+def test_policies_that_are_no_longer_those_of_the_run_stop_the_site(
+    tmp_path: Path, built: list[dict[str, Any]]
+) -> None:
+    """A file that is gone where an actor starts would leave the site without its limits."""
+    policies = tmp_path / "policies"
+    policies.mkdir()
+    (policies / "client-000.toml").write_text("[budget]\nmax_joins = 1\n")
+    privacy = PrivacyConfig(epsilon=1e6, accountant="rdp", policies=str(policies))
+    config = RunConfig(privacy=privacy)
+    order = prepare(config, "run-1", tmp_path / "ledgers", SIGMA)
+    assert site_in_actor(order, node(0)).policy.max_joins_total == 1
+    (policies / "client-000.toml").unlink()
+    with pytest.raises(ConfigError, match="policies are not those"):
+        make_sites(bench(config, SIGMA), order)
 
 
 def test_every_call_of_an_unreachable_ledger_but_close_is_refused(tmp_path: Path) -> None:

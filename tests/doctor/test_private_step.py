@@ -139,9 +139,11 @@ def test_a_missing_or_wrong_clip_is_caught(wrong: Any, monkeypatch: pytest.Monke
     assert "bound 1.00001 C" in finding.detail
 
 
-def test_clipping_each_pass_alone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedlr.training.local.ClippedSum", Piecewise)
-    finding = ask("clip", subject())
+@pytest.mark.parametrize("together", [1, 3])
+def test_clipping_each_pass_alone_is_caught(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    place = "fused" if together > 1 else "local"
+    monkeypatch.setattr(f"fedlr.training.{place}.ClippedSum", Piecewise)
+    finding = ask("clip", subject(kernels={"fused_clients": together}))
     assert not finding.passed
     assert "bound 1.00001 C" in finding.detail
 
@@ -172,7 +174,9 @@ def test_one_stream_for_two_steps_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
     assert not find(Check("entropy", noise.secret_entropy, "-")).passed
 
 
-def test_a_skipped_empty_batch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_skipped_empty_batch_is_caught(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    """Wherever the run's step is made: by one client alone, or by several in one pass."""
     real = private_gradient
 
     def skipping(clipped: Any, mechanism: Mechanism, stream: Stream) -> Any:
@@ -180,8 +184,9 @@ def test_a_skipped_empty_batch_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
             return dict(clipped)
         return real(clipped, mechanism, stream)
 
-    monkeypatch.setattr("fedlr.training.local.private_gradient", skipping)
-    finding = ask("noise", subject())
+    place = "fused" if together > 1 else "local"
+    monkeypatch.setattr(f"fedlr.training.{place}.private_gradient", skipping)
+    finding = ask("noise", subject(kernels={"fused_clients": together}))
     assert not finding.passed
     assert "0.000 in an empty one" in finding.detail
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from fedlr.cli.main import main
 from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.events import Release
-from fedlr.privacy.ledger import SqliteLedger
+from fedlr.privacy.ledger import JobKey, SqliteLedger
 from fedlr.report.records import read_rounds, read_summary
 from tests.cli.small import simulate
 
@@ -19,10 +21,12 @@ RUNS = ("federation.clients=2", "federation.clients_per_round=2", "federation.ro
 
 
 def booked(run: Path, client: str) -> tuple[Release, ...]:
-    ledger = SqliteLedger(run / "ledgers" / f"{client}.sqlite")
-    spent = ledger.spent()
-    ledger.close()
-    return spent
+    return booked_in(run / "ledgers" / f"{client}.sqlite")
+
+
+def booked_in(path: Path, source: str | None = None) -> tuple[Release, ...]:
+    with closing(SqliteLedger(path, source)) as ledger:
+        return ledger.spent()
 
 
 def test_budgets_that_end_at_different_rounds(
@@ -100,7 +104,8 @@ def test_an_operators_ledger_holds_every_run_and_stops_the_one_that_would_exceed
     words = ["ledger", "new", str(ward), "--source-id", "ward", "--disjoint", "a test"]
     assert main(words) == 0
     twice = epsilon([event, event], delta, "rdp")
-    text = f'ledger = "ward.sqlite"\nsource_id = "ward"\n[budget]\nepsilon_total = {twice!r}\n'
+    text = 'ledger = "ward.sqlite"\nsource_id = "ward"\n'
+    text += f"[budget]\ndelta = {delta!r}\nepsilon_total = {twice!r}\n"
     (policies / name).write_text(text)
     spent = []
     for number, seed in enumerate((0, 0, 1)):
@@ -121,6 +126,39 @@ def test_an_operators_ledger_holds_every_run_and_stops_the_one_that_would_exceed
         2,
     ]
     ledger.close()
+
+
+def test_a_run_goes_on_with_the_ledgers_it_began_with_or_not_at_all(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another ledger may hold more than the run ever reported, and nothing of the run."""
+    policies = tmp_path / "policies"
+    policies.mkdir()
+    policy = policies / "client-000.toml"
+    for ward in ("a", "b"):
+        words = ("--source-id", ward, "--disjoint", "a test")
+        assert main(["ledger", "new", str(policies / f"{ward}.sqlite"), *words]) == 0
+    text = 'ledger = "a.sqlite"\nsource_id = "a"\n[budget]\ndelta = 0.01\nepsilon_total = 99\n'
+    policy.write_text(text)
+    run = simulate(tmp_path, *RUNS, f"privacy.policies={policies}")
+    (run / "summary.json").unlink()
+    (event,) = booked_in(policies / "a.sqlite", "a")
+    with closing(SqliteLedger(policies / "b.sqlite", "b")) as other:
+        for number in range(3):
+            other.reserve(JobKey("another", number, "client-000", "n"), event)
+    capfd.readouterr()
+    policy.write_text(text.replace('"a', '"b'))
+    assert main(["simulate", f"resume={run}"]) == 7
+    assert "name other ledgers than the run began with" in capfd.readouterr().err
+    policy.write_text(text)
+    shutil.copy(policies / "b.sqlite", policies / "a.sqlite")
+    assert main(["simulate", f"resume={run}"]) != 0
+    assert "Traceback" not in capfd.readouterr().err
+    policy.unlink()
+    assert main(["simulate", f"resume={run}"]) == 7
+    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "ledgers of client-000 cannot be read here" in " ".join(card.split())
 
 
 def test_a_resumed_run_does_not_start_without_its_ledgers(

@@ -69,7 +69,10 @@ def test_a_policy_is_read_whole(tmp_path: Path) -> None:
         ("[budget]\nepsilon_totl = 3", ["there is no budget.epsilon_totl"]),
         ("[allow]\nlabels = ['a']", ["there is no allow.labels"]),
         ("[allow]\nmethods = 'fedsvd'", ["methods = 'fedsvd' must be a list of texts"]),
-        ("ledger = 'a.sqlite'", ["needs source_id beside it", "needs budget.epsilon_total"]),
+        (
+            "ledger = 'a.sqlite'",
+            ["needs source_id beside it", "needs budget.epsilon_total", "needs budget.delta"],
+        ),
         ("budget = 3", ["budget = 3 must be a section"]),
         ("[budget]\nepsilon_total = 0", ["epsilon_total = 0.0 must be > 0"]),
         ("[budget]\nepsilon_total = true", ["epsilon_total = True must be a number"]),
