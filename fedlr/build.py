@@ -8,23 +8,34 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedlr.adapters.codec import SCHEMA
+from fedlr.adapters.forward import use_kernel
 from fedlr.adapters.inject import inject
 from fedlr.adapters.surgery import AdaptedModel
 from fedlr.config import HeadConfig, RunConfig
-from fedlr.data.batching import tokenise
 from fedlr.data.dataset import LoadedData
 from fedlr.data.sources import SourceSpec, check_present, load
 from fedlr.data.stdlib import LABEL_TEXTS
+from fedlr.data.store import Store, tokenise_once
 from fedlr.errors import ConfigError
+from fedlr.kernels.dispatch import (
+    KERNELS,
+    TRITON,
+    Call,
+    ClippedSum,
+    choose,
+    clipped_sum,
+    lora_linear,
+)
+from fedlr.lowrank.factors import AdapterSite
 from fedlr.lowrank.subspace import SUBSPACES
-from fedlr.methods.method import Layout, Method
+from fedlr.methods.method import MODEL_ROLES, Layout, Method
 from fedlr.methods.registry import METHODS
 from fedlr.methods.registry import build as build_method
 from fedlr.planning import ClientPlan, plan_clients
@@ -40,7 +51,12 @@ from fedlr.training.evaluate import Evaluator
 from fedlr.training.heads import LinearHead, RandomClsHead, label_embeddings
 from fedlr.training.jobs import Provenance
 from fedlr.training.local import LocalSettings, LocalTrainer
-from fedlr.training.prefix import cache_prefix, find_prefix
+from fedlr.training.memory import DEFAULT_ROWS, power_of_two, rows_that_fit
+from fedlr.training.precision import check_same_bits
+from fedlr.training.prefix import PrefixCache, find_prefix
+
+CPU_TOKENS = 512
+"""Tokens of a pass on a CPU: more are only more padding (``tests/benchmarks/test_batching.py``)."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,7 @@ def build(
     if config.kernels.threads is not None:
         torch.set_num_threads(config.kernels.threads)
     device = _device(config)
+    store = None if config.data.cache is None else Store.open(config.data.cache, say)
     check_present(source_spec(config))
     say(f"loading the model {config.model.name}")
     base = load_base(
@@ -113,6 +130,7 @@ def build(
         config.model.revision,
         config.model.sha256,
         config.seed if config.model.random_weights else None,
+        config.model.precision,
     )
     base.encoder.to(device)
     check_capacity(base, config.model.max_length)
@@ -120,25 +138,24 @@ def build(
     say("reading the data")
     data = load(source_spec(config))
     head = build_head(config, base, data.label_names)
-    adapter = config.adapter
-    encoder, sites = inject(
-        base.encoder, adapter.modules, adapter.layers, adapter.rank, adapter.alpha
-    )
+    encoder, sites = adapt(config, base)
     # After what is quickly found wrong, before what takes long.
     clients = plan_clients(config, data, noise, say)
     prefix = find_prefix(encoder, sites)
     classifier = Classifier(encoder, head.to(device).requires_grad_(False), prefix)
     adapted = AdaptedModel(encoder, sites, _trained_head(head, config.model.head))
-    say("tokenising")
-    training = tokenise(base.tokenizer, data.train, config.model.max_length)
-    validation = tokenise(base.tokenizer, data.validation, config.model.max_length)
-    size = config.kernels.physical_batch
+    say("tokenising" if store is None else f"looking for tokens in {store.folder}")
+    training, validation = (
+        tokenise_once(base.tokenizer, part, config.model.max_length, store)
+        for part in (data.train, data.validation)
+    )
+    settings = _fitting_settings(config, classifier, adapted, say)
+    check_own_shapes(base, settings)
     if prefix is not None:
-        say(f"computing the {prefix.depth} frozen layers below the adapters once")
-        limit = config.kernels.prefix_cache_mb
-        training = cache_prefix(encoder, prefix, training, size, limit)
+        cache = _prefix_cache(config, base, settings, store, say)
+        training = cache.fill(encoder, prefix, training)
         if evaluate:
-            validation = cache_prefix(encoder, prefix, validation, size, limit)
+            validation = cache.fill(encoder, prefix, validation)
     return Workbench(
         config=config,
         base=base,
@@ -148,13 +165,100 @@ def build(
             sites, {name: value.detach().cpu().clone() for name, value in adapted.head.items()}
         ),
         method=build_method(config.method.name, SUBSPACES[config.subspace.kind]),
-        trainer=LocalTrainer(classifier, adapted, training, local_settings(config), device),
-        evaluator=Evaluator(classifier, adapted, validation, size, device),
+        trainer=LocalTrainer(classifier, adapted, training, settings, device),
+        evaluator=Evaluator(classifier, adapted, validation, settings.physical_batch, device),
         provenance=provenance(config, base, data.label_names),
         data=data,
         clients=clients,
         majority=float(np.bincount(data.validation.labels).max() / len(data.validation)),
-        notices=data.notices,
+        notices=(*data.notices, *_precision_notices(config)),
+    )
+
+
+def adapt(config: RunConfig, base: BaseModel) -> tuple[nn.Module, tuple[AdapterSite, ...]]:
+    """Put the adapters of ``config`` on ``base``, see `fedlr.adapters.inject.inject`."""
+    adapter = config.adapter
+    encoder, sites = inject(
+        base.encoder,
+        adapter.modules,
+        adapter.layers,
+        adapter.rank,
+        adapter.alpha,
+        config.kernels.checkpointing,
+    )
+    call, wanted = kernel_call(config), config.kernels.implementation
+    if choose("lora_linear", call, wanted).implementation == TRITON:
+        use_kernel(encoder, sites, lora_linear(call, wanted))
+    return encoder, sites
+
+
+def kernel_call(config: RunConfig) -> Call:
+    """Return what the choice of a kernel depends on."""
+    dtype = torch.bfloat16 if config.model.precision == "bfloat16" else torch.float32
+    return Call(_device(config), dtype, config.adapter.rank)
+
+
+def _sum_kernel(config: RunConfig, own_shapes: int | None) -> ClippedSum | None:
+    """Return what computes clipped sums from δ and z; None forms each unit's gradient."""
+    call, wanted = kernel_call(config), config.kernels.implementation
+    if config.kernels.gradients != "captured" or own_shapes is not None:
+        return None
+    if choose("clipped_sum", call, wanted).implementation != TRITON:
+        return None
+    return clipped_sum(call, wanted)
+
+
+def _prefix_cache(
+    config: RunConfig,
+    base: BaseModel,
+    settings: LocalSettings,
+    store: Store | None,
+    say: Callable[[str], None],
+) -> PrefixCache:
+    return PrefixCache(
+        size=settings.physical_batch,
+        tokens=settings.tokens_per_batch,
+        megabytes=config.kernels.prefix_cache_mb,
+        base_sha256=base.base_sha256,
+        store=store,
+        own_shapes=settings.own_shapes,
+        say=say,
+    )
+
+
+def check_own_shapes(base: BaseModel, settings: LocalSettings) -> None:
+    """Where rows need a shape of their own, refuse a model that this does not help.
+
+    Raises:
+        ModelError: See `fedlr.training.precision.check_same_bits`.
+    """
+    if settings.own_shapes is not None:
+        vocabulary = model_size(base, "vocab_size")
+        check_same_bits(base.encoder, vocabulary, settings.physical_batch, settings.own_shapes)
+
+
+def _fitting_settings(
+    config: RunConfig, classifier: Classifier, adapted: AdaptedModel, say: Callable[[str], None]
+) -> LocalSettings:
+    """Return `local_settings`, with a measured ``physical_batch`` where none is configured."""
+    settings = local_settings(config)
+    if config.kernels.physical_batch is not None:
+        return settings
+    trained = adapted.select_trained(MODEL_ROLES)
+    size = rows_that_fit(classifier, trained, settings.gradients, config.model.max_length, say)
+    adapted.select_trained(frozenset())
+    if settings.own_shapes is not None:  # every pass is filled up to that many rows
+        size = min(size, power_of_two(config.optimizer.expected_batch))
+    return replace(settings, physical_batch=size)
+
+
+def _precision_notices(config: RunConfig) -> tuple[str, ...]:
+    if local_settings(config).own_shapes is None:
+        return ()
+    return (
+        f"the frozen base is rounded to {config.model.precision}; the clip bound rests on each row "
+        "being computed in a shape of its own, in which no other row changes its bits: checked on "
+        "this machine before the first round",
     )
 
 
@@ -165,6 +269,12 @@ def check_names(config: RunConfig) -> None:
         problems.append(f"method.name = {config.method.name!r} must be one of {', '.join(METHODS)}")
     if config.kernels.device == "cuda" and not torch.cuda.is_available():
         problems.append("kernels.device = cuda but no CUDA device is visible; use auto or cpu")
+    else:
+        for kernel in KERNELS:
+            try:
+                choose(kernel, kernel_call(config), config.kernels.implementation)
+            except ConfigError as error:
+                problems += error.problems
     if problems:
         raise ConfigError(problems)
 
@@ -194,15 +304,23 @@ def source_spec(config: RunConfig) -> SourceSpec:
 def local_settings(config: RunConfig) -> LocalSettings:
     """Return the public settings of local training."""
     optimizer, kernels = config.optimizer, config.kernels
+    tokens = kernels.tokens_per_batch
+    if tokens is None and _device(config).type == "cpu":
+        tokens = CPU_TOKENS
+    needs_own_shapes = config.model.precision != "float32" and config.privacy.mode != "none"
+    own_shapes = config.model.max_length if needs_own_shapes else None
     return LocalSettings(
         optimizer=optimizer.name,
         learning_rate=optimizer.learning_rate,
         head_learning_rate=optimizer.head_learning_rate or optimizer.learning_rate,
         momentum=optimizer.momentum,
         steps=optimizer.steps,
-        physical_batch=kernels.physical_batch,
+        physical_batch=kernels.physical_batch or DEFAULT_ROWS,
         gradients=kernels.gradients,
         rows_per_user=config.privacy.rows_per_user,
+        tokens_per_batch=tokens,
+        own_shapes=own_shapes,
+        kernel=_sum_kernel(config, own_shapes),
     )
 
 
@@ -246,7 +364,8 @@ def provenance(config: RunConfig, base: BaseModel, label_names: tuple[str, ...])
 
     ``labels`` is the sha256 of the canonical JSON of what gives the arrays their
     meaning: label names, head (with the texts that are embedded), adapters,
-    ``model.max_length`` and, where weights are drawn from it, the public seed.
+    ``model.max_length``, a ``model.precision`` below float32 and, where weights are
+    drawn from it, the public seed.
     Settings and not computed weights, whose last bits differ between processors.
     """
     model = config.model
@@ -259,6 +378,8 @@ def provenance(config: RunConfig, base: BaseModel, label_names: tuple[str, ...])
         "max_length": model.max_length,
         "seed": config.seed if drawn else None,
     }
+    if model.precision != "float32":  # only then, so that older runs keep their digest
+        meaning["precision"] = model.precision
     text = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
     labels = hashlib.sha256(text.encode()).hexdigest()
     return Provenance(base.base_sha256, base.tokenizer_sha256, labels, SCHEMA)

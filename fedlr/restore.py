@@ -13,9 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedlr.adapters import export
-from fedlr.adapters.inject import inject
 from fedlr.adapters.surgery import AdaptedModel
-from fedlr.build import Workbench, provenance
+from fedlr.build import Workbench, adapt, provenance
 from fedlr.config import HeadConfig, RunConfig
 from fedlr.data.batching import physical_batches, tokenise
 from fedlr.data.dataset import TextDataset
@@ -27,6 +26,7 @@ from fedlr.report.records import Summary
 from fedlr.training.base import BaseModel, load_base, quiet_transformers
 from fedlr.training.classifier import Classifier
 from fedlr.training.heads import LinearHead, RandomClsHead
+from fedlr.training.memory import DEFAULT_ROWS
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,12 @@ def restore(config: RunConfig, facts: RunFacts, head: Mapping[str, Tensor]) -> R
         RunError: Base weights, tokenizer or the settings that give the arrays their
             meaning are not those of the run, or ``head`` does not fit them.
     """
-    model, adapter = config.model, config.adapter
+    model = config.model
     seed = config.seed if model.random_weights else None
-    base = load_base(model.name, model.revision, model.sha256, seed)
+    base = load_base(model.name, model.revision, model.sha256, seed, model.precision)
     _check_same(config, facts, base)
     module = _head(model.head, head)
-    encoder, sites = inject(
-        base.encoder, adapter.modules, adapter.layers, adapter.rank, adapter.alpha
-    )
+    encoder, sites = adapt(config, base)
     movable = dict(module.named_parameters()) if model.head.trained else {}
     adapted = AdaptedModel(encoder, sites, {f"head.{name}": v for name, v in movable.items()})
     return RunModel(config, base, adapted, module, facts.label_names)
@@ -175,7 +173,7 @@ def logits(model: RunModel, parts: Parts, texts: Sequence[str]) -> Tensor:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier.eval().to(device)
     found = torch.empty(len(texts), len(model.label_names))
-    size = model.config.kernels.physical_batch
+    size = model.config.kernels.physical_batch or DEFAULT_ROWS
     with torch.inference_mode():
         for rows in physical_batches(np.arange(len(texts)), data.lengths, size):
             found[rows] = classifier(data.batch(rows).to(device)).float().cpu()

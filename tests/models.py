@@ -17,6 +17,7 @@ from fedlr.methods.method import PartKey, Role
 from fedlr.training.classifier import Classifier
 from fedlr.training.heads import LinearHead
 from fedlr.training.local import LocalSettings, LocalTrainer
+from fedlr.training.precision import cast_base
 
 WIDTH, VOCABULARY, CLASSES, RANK, LONGEST = 16, 50, 3, 2, 12
 PAD = 1
@@ -98,10 +99,17 @@ class Tiny:
 
 
 def tiny(
-    family: str = "bert", layers: int = 2, seed: int = 0, on: Sequence[int] | None = None
+    family: str = "bert",
+    layers: int = 2,
+    seed: int = 0,
+    on: Sequence[int] | None = None,
+    checkpointing: bool = False,
+    precision: str = "float32",
 ) -> Tiny:
     """Adapters on attention (layers ``on``, None: all), random B and a trained random head."""
-    model, sites = inject(encoder(family, layers, seed), modules_of(family), on, RANK, 2.0 * RANK)
+    base = encoder(family, layers, seed)
+    cast_base(base, precision)
+    model, sites = inject(base, modules_of(family), on, RANK, 2.0 * RANK, checkpointing)
     draws = torch.Generator().manual_seed(seed + 1)
     head = LinearHead(torch.randn(CLASSES, WIDTH, generator=draws), True, None)
     head.requires_grad_(False)

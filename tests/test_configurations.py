@@ -117,6 +117,26 @@ def test_a_choice_composes(choice: str, rows: Path) -> None:
     assert from_json(to_json(config)) == config
 
 
+FEWER_BITS = (
+    "model.precision=bfloat16",
+    "kernels.checkpointing=true",
+    "kernels.physical_batch=null",
+)
+"""What no file chooses: a base in bfloat16, layers computed again, measured passes."""
+
+
+def test_three_rounds_in_fewer_bits(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["simulate", *FAST, *FEWER_BITS, "data=file", f"data.path={rows}"]) == 0
+    printed = capfd.readouterr()
+    assert "a pass has" in printed.err
+    assert "each row being computed in a shape of its own" in " ".join(printed.out.split())
+    folder = tmp_path / printed.out.splitlines()[-1]
+    assert read_summary(folder / "summary.json").rounds == 3
+
+
 @pytest.mark.parametrize("choice", FOUND)
 def test_three_rounds(
     choice: str,

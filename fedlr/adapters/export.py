@@ -171,10 +171,10 @@ def merge(trained: Trained) -> nn.Module:
 
     Returns:
         A model of the base's own class, without PEFT, in evaluation mode, on the
-        CPU; every weight in its base's dtype. The sum is taken in float64 and
-        rounded once.
+        CPU; every weight in float32, of which a small update would lose its bits in
+        fewer. The sum is taken in float64 and rounded once.
     """
-    encoder: Any = copy.deepcopy(trained.adapted.encoder).to("cpu")
+    encoder: Any = copy.deepcopy(trained.adapted.encoder).to("cpu", torch.float32)
     base: nn.Module = encoder.unload()
     with torch.no_grad():
         for site, pair in trained.factors().items():

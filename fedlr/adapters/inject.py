@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fedlr import checks
 from fedlr.errors import ConfigError, ModelError
@@ -88,6 +91,7 @@ def inject(
     layers: Sequence[int] | None,
     rank: int,
     alpha: float,
+    checkpointing: bool = False,
 ) -> tuple[nn.Module, tuple[AdapterSite, ...]]:
     """Wrap ``model`` with one LoRA adapter and freeze everything.
 
@@ -97,10 +101,14 @@ def inject(
         layers: See `matching_layers`.
         rank: r, the same at every site.
         alpha: α; the scaling is α / r.
+        checkpointing: Keep only the input of each adapted transformer layer for the
+            backward pass, which computes the rest again (Chen et al., arXiv
+            1604.06174). Changes no result.
 
     Returns:
         (PEFT model, sites in model order). No parameter requires a gradient;
-        the adapter's product is zero and it has no dropout.
+        the adapter's product is zero and it has no dropout. A and B are float32
+        whatever the base's dtype, and are multiplied in float32.
 
     Raises:
         ConfigError: Nothing matches, or the rank exceeds a layer's dimensions.
@@ -132,7 +140,9 @@ def inject(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
-        adapted = cast(nn.Module, get_peft_model(cast(Any, model), settings))
+        adapted = cast(
+            nn.Module, get_peft_model(cast(Any, model), settings, autocast_adapter_dtype=True)
+        )
     found = {
         name.removeprefix("base_model.model.")
         for name, module in adapted.named_modules()
@@ -145,7 +155,26 @@ def inject(
         )
     for parameter in adapted.parameters():
         parameter.requires_grad_(False)
+    if checkpointing:
+        _checkpoint_layers(adapted, sites)
     return adapted, sites
+
+
+def _checkpoint_layers(adapted: nn.Module, sites: Sequence[AdapterSite]) -> None:
+    """Make every transformer layer that holds a site recompute its inside when it is needed.
+
+    transformers' own switch does nothing in evaluation mode, which a private step needs.
+    """
+    found = (re.match(r"(?:.*?\.)??\d+(?=\.)", site.name) for site in sites)
+    for name in dict.fromkeys(match.group() for match in found if match):
+        layer = adapted.get_submodule(f"base_model.model.{name}")
+        vars(layer)["forward"] = partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
 
 
 def _ends_with(name: str, suffix: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlr.audit.canaries import CanaryUnits, Directions
-from fedlr.data.batching import Integers, UnitIndex, physical_positions
+from fedlr.data.batching import Integers, UnitIndex
 from fedlr.methods.method import PartKey
 from fedlr.privacy.dpsgd import Mechanism
 from fedlr.privacy.gradients import LossOfRows, UnitGradients
@@ -69,8 +69,8 @@ class CanaryTrainer(LocalTrainer):
         if self._canary_units is None or self.directions is None:
             raise ValueError("a clipped sum was asked for outside of train")
         canaries = self._canary_units.drawn[-1][unit_index]
-        pieces = physical_positions(self._lengths[rows], self.settings.physical_batch)
-        planted = _Planted(gradients, self.directions, self.scale, [canaries[p] for p in pieces])
+        pieces = [canaries[piece] for piece in self.pieces(rows)]
+        planted = _Planted(gradients, self.directions, self.scale, pieces)
         total = super()._clipped_sum(planted, trained, mechanism, rows, unit_index)
         planted.check_complete()
         self._sums += 1

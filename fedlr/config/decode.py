@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from typing import Any, Literal, TypeVar, cast
 
 from fedlr.config.rules import cross_problems, missing, range_problems
@@ -116,7 +116,9 @@ def _build(kind: type[_T], values: Any, prefix: str, problems: dict[str, str]) -
         if is_dataclass(hint):
             built[name] = _build(cast(type[Any], hint), values[name], f"{path}.", problems)
             continue
-        converted, complaint = _convert(hint, values[name])
+        converted, complaint = _convert(hint, _spelt(item, values[name]))
+        if complaint and "spelt" in item.metadata and not isinstance(values[name], list | tuple):
+            complaint = f"{item.metadata['spelt']}, {complaint}"
         if not complaint:
             built[name] = converted
         elif values[name] is None:
@@ -124,6 +126,13 @@ def _build(kind: type[_T], values: Any, prefix: str, problems: dict[str, str]) -
         else:
             problems[path] = f"{path} = {_shown(values[name])} must be {complaint}"
     return kind(**built)
+
+
+def _spelt(item: Field[Any], value: Any) -> Any:
+    """Return what a text means in a field that has a short spelling; else ``value``."""
+    spelling = item.metadata.get("spelling")
+    meant = spelling(value) if spelling is not None and isinstance(value, str) else None
+    return value if meant is None else meant
 
 
 def _shown(value: Any) -> str:

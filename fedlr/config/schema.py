@@ -14,7 +14,7 @@ def top_layers(text: str) -> tuple[int, ...] | None:
         >>> top_layers("top:2"), top_layers("top:0")
         ((-2, -1), None)
     """
-    found = re.fullmatch(r"top:([1-9]\d?)", text)
+    found = re.fullmatch(r"top:([1-9][0-9]?)", text)
     return tuple(range(-int(found.group(1)), 0)) if found else None
 
 
@@ -271,6 +271,8 @@ class KernelsConfig:
     Attributes:
         gradients: ``captured`` (δᵀz of the adapter layers), ``opacus`` (its hooks),
             or ``autograd`` (one unit at a time: slow, the reference).
+        implementation: ``naive`` (torch), ``triton`` (the kernels of `fedlr.kernels`, on an
+            NVIDIA GPU; ``gradients=captured``), or ``auto``; see ``fedlr doctor``.
         physical_batch: Most rows per forward pass; null measures how many fit the free
             memory.
         checkpointing: Compute the inside of adapted layers again in the backward pass
@@ -289,6 +291,7 @@ class KernelsConfig:
     """
 
     gradients: Literal["captured", "opacus", "autograd"] = "captured"
+    implementation: Literal["auto", "naive", "triton"] = "auto"
     physical_batch: int | None = 32
     checkpointing: bool = False
     tokens_per_batch: int | None = None

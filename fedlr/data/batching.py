@@ -29,6 +29,16 @@ Integers = npt.NDArray[np.int64]
 _ROWS_PER_CALL = 4096
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return ``tensor`` on ``device``; to a GPU without waiting for what that still computes.
+
+    Such a copy starts from page-locked memory, which torch keeps until the copy is done.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """N rows, padded on the right to the longest of them (T tokens).
@@ -62,12 +72,12 @@ class Batch:
             return self
         kinds, hidden = self.token_type_ids, self.hidden
         return Batch(
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            token_type_ids=None if kinds is None else kinds.to(device),
-            labels=self.labels.to(device),
-            unit_index=self.unit_index.to(device),
-            hidden=None if hidden is None else hidden.to(device),
+            input_ids=moved(self.input_ids, device),
+            attention_mask=moved(self.attention_mask, device),
+            token_type_ids=None if kinds is None else moved(kinds, device),
+            labels=moved(self.labels, device),
+            unit_index=moved(self.unit_index, device),
+            hidden=None if hidden is None else moved(hidden, device),
         )
 
     def inputs(self, rows: Tensor | None = None) -> dict[str, Tensor]:
@@ -127,10 +137,11 @@ class TokenisedDataset:
             raise ValueError(f"rows reach from {rows.min()} to {rows.max()}; N = {len(self)}")
         units = np.arange(len(rows)) if unit_index is None else np.asarray(unit_index)
         checks.same_shape("unit_index", units.shape, rows.shape)
-        lengths = self.lengths[rows]
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
         steps = np.arange(int(lengths.max(initial=1)))
         mask = steps < lengths[:, None]  # n x T
-        positions = np.where(mask, self.offsets[rows][:, None] + steps, 0)
+        positions = np.where(mask, starts[:, None] + steps, 0)
 
         def gather(flat: npt.NDArray[np.integer], fill: int) -> Tensor:
             return torch.from_numpy(np.where(mask, flat[positions], fill).astype(np.int64))
@@ -210,41 +221,56 @@ def tokenise(
     )
 
 
-def physical_positions(lengths: Integers, size: int) -> list[Integers]:
+def physical_positions(lengths: Integers, size: int, tokens: int | None = None) -> list[Integers]:
     """Cut a logical batch into physical batches of rows of similar length.
 
     Args:
         lengths: Tokens of each row of the logical batch, shape (n,).
         size: Upper bound on rows per physical batch, ≥ 1.
+        tokens: Upper bound on rows × longest row of a physical batch, padding
+            included, ≥ 1; a longer row is a batch of its own. None has none.
 
     Returns:
-        Positions 0 … n - 1, each once, in ⌈n / size⌉ pieces: longest rows
-        first (a batch too big for the memory fails at once), ties in their
-        order, all pieces but the last of ``size`` rows. Empty for n = 0.
+        Positions 0 … n - 1, each once: longest rows first (a batch too big for the
+        memory fails at once), ties in their order, every piece but the last as
+        large as the bounds allow. Empty for n = 0.
 
     Example:
         >>> [piece.tolist() for piece in physical_positions(np.array([3, 9, 3]), 2)]
         [[1, 0], [2]]
+        >>> [piece.tolist() for piece in physical_positions(np.array([3, 9, 3]), 2, 8)]
+        [[1], [0, 2]]
     """
     checks.at_least("size", size, 1)
+    if tokens is not None:
+        checks.at_least("tokens", tokens, 1)
     order = np.argsort(-lengths, kind="stable")
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    pieces, start = [], 0
+    while start < len(order):
+        longest = max(int(lengths[order[start]]), 1)
+        count = size if tokens is None else min(size, max(tokens // longest, 1))
+        pieces.append(order[start : start + count])
+        start += count
+    return pieces
 
 
-def physical_batches(rows: Rows, lengths: Integers, size: int) -> list[Rows]:
+def physical_batches(
+    rows: Rows, lengths: Integers, size: int, tokens: int | None = None
+) -> list[Rows]:
     """Cut ``rows`` into physical batches, see `physical_positions`.
 
     Args:
         rows: Row indices of a logical batch, shape (n,), n = 0 allowed.
         lengths: Tokens of every row of the data set, `TokenisedDataset.lengths`.
         size: Upper bound on rows per physical batch, ≥ 1.
+        tokens: Upper bound on rows × longest row; None has none.
 
     Example:
         >>> lengths = np.array([5, 1, 4, 2])
         >>> [piece.tolist() for piece in physical_batches(np.array([1, 2, 3]), lengths, 2)]
         [[2, 3], [1]]
     """
-    return [rows[piece] for piece in physical_positions(lengths[rows], size)]
+    return [rows[piece] for piece in physical_positions(lengths[rows], size, tokens)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 128
 """A tile spans the whole rank; beyond this it no longer fits into registers."""
 LEAST_CAPABILITY = (8, 0)
+UNMEASURED = (
+    "the kernels were tested under Triton's interpreter, and compiled for NVIDIA GPUs, but not yet "
+    "measured on one; kernels.implementation=triton takes them"
+)
 
 
 @dataclass(frozen=True)
@@ -104,11 +108,11 @@ def choose(kernel: str, call: Call, override: str = "auto") -> Choice:
     Args:
         kernel: One of `KERNELS`.
         call: What is to be computed, and where.
-        override: ``auto`` takes the kernel where it can run, on a GPU; ``naive`` takes
-            the twin; ``triton`` insists.
+        override: ``auto`` and ``naive`` take the twin; ``triton`` takes the kernel.
 
     Returns:
-        On the CPU ``auto`` is always the twin.
+        The decision. ``auto`` will take the kernel where it was measured to pay; that
+        needs a GPU, and none was at hand yet.
 
     Raises:
         ConfigError: ``override`` is unknown, or is ``triton`` where it cannot run.
@@ -126,16 +130,16 @@ def choose(kernel: str, call: Call, override: str = "auto") -> Choice:
     if override == NAIVE:
         return Choice(kernel, NAIVE, "kernels.implementation = naive asks for it")
     obstacle = _shape_obstacle(kernel, call) or _machine_obstacle(call, override == TRITON)
+    if override == "auto":
+        return Choice(kernel, NAIVE, obstacle or UNMEASURED)
     if obstacle is None:
-        return Choice(kernel, TRITON, f"{call.device} runs it")
-    if override == TRITON:
-        raise ConfigError(
-            [
-                f"kernels.implementation = triton, but {kernel} cannot run it: {obstacle}; "
-                "set kernels.implementation=auto or naive"
-            ]
-        )
-    return Choice(kernel, NAIVE, obstacle)
+        return Choice(kernel, TRITON, f"{call.device} runs it, and it was asked for")
+    raise ConfigError(
+        [
+            f"kernels.implementation = triton, but {kernel} cannot run it: {obstacle}; "
+            "set kernels.implementation=auto or naive"
+        ]
+    )
 
 
 def explain(device: torch.device) -> list[Choice]:

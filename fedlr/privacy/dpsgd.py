@@ -12,7 +12,8 @@ mechanism that `fedlr.privacy.events.Release` records. L is public and fixed: th
 size of the batch that was drawn is used for nothing.
 
 The bound C holds up to float32 rounding: a row computed in another batch differs in
-its last bits. `fedlr.training.local` refuses broadcasts large enough to amplify that.
+its last bits. `fedlr.training.local` refuses broadcasts large enough to amplify that;
+below float32 see `fedlr.training.precision`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fedlr import checks
 from fedlr.kernels.clipped_sum import naive
 from fedlr.methods.method import PartKey, Role
 
+from .factored import Factored, dense
 from .noise import Stream
 
 
@@ -131,37 +133,40 @@ class ClippedSum:
         self._held: dict[int, dict[PartKey, Tensor]] = {}
 
     def add(
-        self, gradients: Mapping[PartKey, Tensor], units: Sequence[int], last: Sequence[bool]
+        self,
+        gradients: Mapping[PartKey, Tensor | Factored],
+        units: Sequence[int],
+        last: Sequence[bool],
     ) -> None:
         """Take the gradients of one physical batch.
 
         Args:
-            gradients: Per array, shape (U, *array shape): this batch's part of
-                each unit's gradient.
+            gradients: Per array this batch's part of each unit's gradient: shape
+                (U, *array shape), or its factors.
             units: The U units' identities within the logical batch.
             last: Whether a unit has no rows in later physical batches.
         """
-        ready: dict[PartKey, Tensor] = dict(gradients)
+        ready: dict[PartKey, Tensor | Factored] = dict(gradients)
         keep = [position for position, done in enumerate(last) if done]
         touched = [p for p in range(len(units)) if not last[p] or units[p] in self._held]
         if touched:
-            ready = {key: value.clone() for key, value in ready.items()}
+            whole = {key: value.clone() for key, value in dense(ready).items()}
             for position in touched:
                 held = self._held.pop(units[position], None)
-                for key, value in ready.items():
+                for key, value in whole.items():
                     if held is not None:
                         value[position] += held[key]
                 if not last[position]:
-                    self._held[units[position]] = {k: v[position].clone() for k, v in ready.items()}
-            ready = {key: value[keep] for key, value in ready.items()}
+                    self._held[units[position]] = {k: v[position].clone() for k, v in whole.items()}
+            ready = {key: value[keep] for key, value in whole.items()}
         for group in self._mechanism.groups:
             squared = sum(
-                (naive.squared_norms(ready[key]) for key in sorted(group.keys)),
+                (_squared_norms(ready[key]) for key in sorted(group.keys)),
                 start=torch.zeros(len(keep), device=next(iter(self._sum.values())).device),
             )
             factors = naive.clip_factors(squared, group.bound)
             for key in group.keys:
-                self._sum[key] += naive.clipped_sum(ready[key], factors)
+                self._sum[key] += _clipped_sum(ready[key], factors)
 
     def result(self) -> dict[PartKey, Tensor]:
         """Return Σ_u clip(G_u), each array float32; zeros for an empty batch.
@@ -172,6 +177,18 @@ class ClippedSum:
         if self._held:
             raise ValueError(f"{len(self._held)} units are incomplete; their last rows never came")
         return self._sum
+
+
+def _squared_norms(gradients: Tensor | Factored) -> Tensor:
+    if isinstance(gradients, Factored):
+        return gradients.squared_norms()
+    return naive.squared_norms(gradients)
+
+
+def _clipped_sum(gradients: Tensor | Factored, factors: Tensor) -> Tensor:
+    if isinstance(gradients, Factored):
+        return gradients.clipped_sum(factors)
+    return naive.clipped_sum(gradients, factors)
 
 
 def private_gradient(

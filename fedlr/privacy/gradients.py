@@ -7,8 +7,9 @@ after the other and is the obviously correct, slow twin of both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -49,8 +50,11 @@ class CapturedGradients:
     """Per-unit gradients as δᵀz at the trained linear layers (`fedlr.kernels.clipped_sum`).
 
     One forward and one backward pass; the backward pass forms no parameter
-    gradient. A layer called several times in one pass (shared layers, ALBERT)
-    contributes the sum over its calls.
+    gradient, and δ of a layer is used and dropped as soon as it is known. A layer
+    called several times in one pass (shared layers, ALBERT) contributes the sum over
+    its calls. Where layers are checkpointed (`fedlr.adapters.inject.inject`), z is
+    dropped and computed again with them, and a call still counts once: what is added
+    up is the backward pass of the call, and a recomputation has none of its own.
 
     Args:
         model: The module whose layers own ``trained``.
@@ -83,49 +87,86 @@ class CapturedGradients:
         """See `UnitGradients`."""
         totals = _zeros(self._trained, units)
         rows = unit_index.shape[0]
-        if rows == 0:
-            return totals
-        with self._capture() as calls:
-            loss = losses(torch.arange(rows, device=unit_index.device)).sum()
-        outputs = [output for _, _, output in calls]
-        deltas: tuple[Tensor | None, ...] = torch.autograd.grad(loss, outputs, allow_unused=True)
-        for (layer, inputs, _), delta in zip(calls, deltas, strict=True):
-            if delta is None:
-                continue
+
+        def add(layer: int, inputs: Tensor, delta: Tensor) -> None:
             _, weight, bias = self._layers[layer]
-            if inputs.shape[0] != rows:
-                raise ModelError(
-                    f"a trained layer saw {inputs.shape[0]} rows in a batch of {rows}: this model "
-                    "mixes rows, so no per-unit gradient exists; use another base model"
-                )
             tokens = delta.reshape(rows, -1, delta.shape[-1]).float()
             if weight is not None:
                 z = inputs.reshape(rows, -1, inputs.shape[-1]).float()
-                totals[weight] = totals[weight] + unit_gradients(tokens, z, unit_index, units)
+                totals[weight].add_(unit_gradients(tokens, z, unit_index, units))
             if bias is not None:
-                totals[bias] = totals[bias] + sum_rows(tokens.sum(1), unit_index, units)
+                totals[bias].add_(sum_rows(tokens.sum(1), unit_index, units))
+
+        self._differentiate(losses, unit_index, add)
         return totals
 
+    def _differentiate(
+        self, losses: LossOfRows, unit_index: Tensor, add: Callable[[int, Tensor, Tensor], None]
+    ) -> None:
+        """Run the model forward and back, and call ``add(layer, z, δ)`` for every call."""
+        rows = unit_index.shape[0]
+        if rows == 0:
+            return
+        # Open until the backward pass is over: a recomputation must meet the same hooks.
+        with self._tapped(rows, add) as anchor:
+            loss = losses(torch.arange(rows, device=unit_index.device)).sum()
+            torch.autograd.grad(loss, [anchor], allow_unused=True)
+
+    def _zeros(self, keys: Collection[PartKey], units: int) -> dict[PartKey, Tensor]:
+        return _zeros({key: self._trained[key] for key in keys}, units)
+
     @contextmanager
-    def _capture(self) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
-        """Record (layer, input, output) of every call of a trained layer."""
-        calls: list[tuple[int, Tensor, Tensor]] = []
+    def _tapped(self, rows: int, add: Callable[[int, Tensor, Tensor], None]) -> Iterator[Tensor]:
+        """Call ``add(layer, z, δ)`` in the backward pass of every call of a trained layer.
 
-        def recorder(index: int) -> Callable[..., None]:
-            def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                calls.append((index, inputs[0].detach(), output))
+        Yields:
+            A scalar that every tap leads to: a backward pass to it runs them all.
+        """
+        anchor = torch.zeros((), requires_grad=True)
 
-            return record
+        def tap(layer: int) -> Callable[..., Tensor]:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                if inputs[0].shape[0] != rows:
+                    raise ModelError(
+                        f"a trained layer saw {inputs[0].shape[0]} rows in a batch of {rows}: "
+                        "this model mixes rows, so no per-unit gradient exists; use another "
+                        "base model"
+                    )
+                function: Any = _Tap
+                tapped: Tensor = function.apply(
+                    output, inputs[0].detach(), anchor, partial(add, layer)
+                )
+                return tapped
+
+            return hook
 
         handles = [
-            layer.register_forward_hook(recorder(index))
+            layer.register_forward_hook(tap(index))
             for index, (layer, _, _) in enumerate(self._layers)
         ]
         try:
-            yield calls
+            yield anchor
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a layer's output; its backward pass calls ``take(z, δ)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, z: Tensor, _anchor: Tensor, take: Callable[..., None]
+    ) -> Tensor:
+        ctx.save_for_backward(z)  # and not an attribute, which checkpointing would keep
+        ctx.take = take
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:
+        (z,), (delta,) = ctx.saved_tensors, deltas
+        ctx.take(z, delta)
+        return delta, None, None, None
 
 
 class OpacusGradients:
@@ -158,6 +199,8 @@ class OpacusGradients:
             layer.training = True
         try:
             total: Any = losses(torch.arange(rows, device=unit_index.device)).sum()
+            for layer in self._layers:  # what checkpointing computes again is no second call
+                layer.training = False
             total.backward()
             for key, parameter in self._trained.items():
                 sample = getattr(parameter, "grad_sample", None)

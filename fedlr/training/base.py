@@ -20,6 +20,8 @@ from torch import nn
 from fedlr.data.reach import cache_if_silent, verdict
 from fedlr.errors import ConfigError, ModelError
 
+from .precision import cast_base
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -30,6 +32,10 @@ PUBLISHED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Digest of ``model.safetensors`` of sentence-transformers/all-MiniLM-L6-v2 as published."""
 
+_ALONE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Largest difference that padding may make to a row's features, relative to the largest one:
+what rounding gives with room, see `check_rows_alone`."""
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -37,9 +43,9 @@ class BaseModel:
 
     Attributes:
         encoder: Any Hugging Face encoder with ``last_hidden_state``; in
-            evaluation mode, float32, no parameter requires a gradient.
+            evaluation mode, no parameter requires a gradient.
         tokenizer: Its tokenizer.
-        base_sha256: Digest of the weights as loaded (names, shapes, values).
+        base_sha256: Digest of the weights as loaded, in float32 (names, shapes, values).
         tokenizer_sha256: Digest of vocabulary and special tokens.
         name: What was asked for; for the embedded one its published name.
     """
@@ -56,6 +62,7 @@ def load_base(
     revision: str | None = None,
     sha256: str | None = None,
     random_seed: int | None = None,
+    precision: str = "float32",
 ) -> BaseModel:
     """Load ``name``; what is in the local cache needs no network.
 
@@ -66,6 +73,8 @@ def load_base(
             model; the embedded one is always checked.
         random_seed: Public seed to draw random weights of the same architecture
             from, instead of the trained ones; None loads the weights.
+        precision: What the weights are rounded to and computed in, see
+            `fedlr.training.precision`; the digest is that of the weights before.
 
     Raises:
         ModelError: Not installed, not found, neither cached nor reachable, no or a damaged
@@ -86,10 +95,12 @@ def load_base(
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise ModelError(_refusal(name, revision, silence, error)) from error
     encoder.eval().requires_grad_(False)
+    digest = weights_digest(encoder)
+    cast_base(encoder, precision)
     return BaseModel(
         encoder=encoder,
         tokenizer=tokenizer,
-        base_sha256=weights_digest(encoder),
+        base_sha256=digest,
         tokenizer_sha256=_tokenizer_digest(tokenizer),
         name=PUBLISHED_NAME if name == "embedded" else name,
     )
@@ -202,7 +213,7 @@ def check_rows_alone(base: BaseModel, longest: int) -> None:
             f"{_first_line(error)}. Use an encoder such as BERT or RoBERTa"
         ) from error
     apart, size = float((beside - alone).abs().max()), float(alone.abs().max())
-    if not apart <= 1e-3 * size:
+    if not apart <= _ALONE[alone.dtype] * size:
         raise ModelError(
             f"model.name = {base.name!r} computes a row differently beside a longer one (by "
             f"{apart:.2g} of {size:.2g}), so that no clipping bounds what one example changes. "

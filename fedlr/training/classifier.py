@@ -45,7 +45,8 @@ class Classifier(nn.Module):
             replay = self._prefix.replayed(hidden)
         with replay:
             states = self.encoder(**inputs).last_hidden_state
-        logits: Tensor = self.head(states, inputs["attention_mask"])
+        # Pooling, head and loss are float32 whatever the base computes in.
+        logits: Tensor = self.head(states.float(), inputs["attention_mask"])
         return logits
 
     def losses(self, batch: Batch, rows: Tensor | None = None) -> Tensor:

@@ -106,13 +106,13 @@ def can_fuse(trainer: LocalTrainer, tasks: Sequence[LocalTask]) -> bool:
     """Return whether ``tasks`` can share their passes through the model.
 
     They can where each trains privately and all train the same arrays over the same
-    others, where per-unit gradients are captured at the layers, and where rows need no
-    shape of their own.
+    others, where per-unit gradients are captured at the layers in torch, and where rows need
+    no shape of their own.
     """
     first, *others = tasks
     if not others or trainer.settings.gradients != "captured" or first.mechanism is None:
         return False
-    if trainer.settings.own_shapes is not None:
+    if trainer.settings.own_shapes is not None or trainer.settings.kernel is not None:
         return False
     fixed = {key: value for key, value in first.parts.items() if key.role not in first.train}
     for task in others:
@@ -196,17 +196,22 @@ class RowWise:
             stacked: Per trained array those of all clients, shape (clients, *shape).
             owner: Client of each row of the batch, shape (N,), int64.
         """
+        before: list[object] = []
         for layer, weight, bias in self._layers:
             weights = layer.weight[None] if weight is None else stacked[weight][owner]
             biases = layer.bias if bias is None else stacked[bias][owner].unsqueeze(1)
             forward = partial(_row_linear, weights.requires_grad_(), biases)
             # The module stays: its hooks are how gradients are captured.
+            before.append(vars(layer).get("forward"))
             vars(layer)["forward"] = forward
         try:
             yield
         finally:
-            for layer, _, _ in self._layers:
-                vars(layer).pop("forward", None)
+            for (layer, _, _), forward_before in zip(self._layers, before, strict=True):
+                if forward_before is None:
+                    del vars(layer)["forward"]
+                else:
+                    vars(layer)["forward"] = forward_before
 
 
 def _row_linear(weights: Tensor, biases: Tensor | None, inputs: Tensor) -> Tensor:

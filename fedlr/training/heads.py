@@ -111,6 +111,7 @@ def label_embeddings(
     for text in texts:
         encoded: Any = tokenizer(text, truncation=True, return_tensors="pt")
         with torch.no_grad():
-            features.append(encoder(**encoded.to(device)).last_hidden_state[0].mean(0))
+            states: Tensor = encoder(**encoded.to(device)).last_hidden_state
+            features.append(states[0].float().mean(0))
     pooled = functional.normalize(torch.stack(features), dim=1)
-    return (scale * (pooled - pooled.mean(0, keepdim=True))).float()
+    return scale * (pooled - pooled.mean(0, keepdim=True))

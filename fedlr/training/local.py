@@ -24,14 +24,18 @@ from fedlr.data.batching import (
     TokenisedDataset,
     UnitIndex,
     keep_at_most,
+    moved,
     physical_positions,
 )
+from fedlr.kernels.dispatch import ClippedSum as ClippedSumKernel
 from fedlr.methods.method import MODEL_ROLES, PartKey, Parts, Role
 from fedlr.privacy.dpsgd import ClippedSum, Mechanism, private_gradient
+from fedlr.privacy.factored import Factored, FactoredGradients
 from fedlr.privacy.gradients import GRADIENTS, UnitGradients
 from fedlr.privacy.noise import Stream
 
 from .classifier import Classifier
+from .precision import OwnShapeGradients, fill, own_shape_positions
 
 LARGEST_UPDATE = 30.0
 """Largest accepted s·‖B‖·‖A‖ of a broadcast, in units of ‖W‖ (Frobenius)."""
@@ -50,10 +54,17 @@ class LocalSettings:
         head_learning_rate: Step size of a trained head.
         momentum: Heavy-ball momentum within the round (``sgd``).
         steps: Optimiser steps of a round.
-        physical_batch: Rows of one forward pass; changes no result.
+        physical_batch: Most rows of one forward pass; changes no result.
         gradients: Implementation of per-unit gradients, a key of `GRADIENTS`.
         rows_per_user: Rows of one unit that a step uses at most, chosen anew in each
             step (`draw_rows`); None uses all.
+        tokens_per_batch: Most tokens of one forward pass, padding included (a longer
+            row passes alone); None bounds the rows only. Changes no result.
+        own_shapes: Tokens of the longest row, public: each row is computed in a shape
+            of its own (`fedlr.training.precision`), always ``physical_batch`` + 1 rows.
+            Needed below float32; None batches rows as they come.
+        kernel: Computes norms and sums from δ and z (`fedlr.privacy.factored`), with
+            ``gradients="captured"``; None forms each unit's gradient.
     """
 
     optimizer: Literal["sgd", "adam"]
@@ -64,6 +75,9 @@ class LocalSettings:
     physical_batch: int
     gradients: str = "captured"
     rows_per_user: int | None = None
+    tokens_per_batch: int | None = None
+    own_shapes: int | None = None
+    kernel: ClippedSumKernel | None = None
 
     def __post_init__(self) -> None:
         checks.positive("learning_rate", self.learning_rate)
@@ -74,6 +88,13 @@ class LocalSettings:
         checks.one_of("gradients", self.gradients, tuple(GRADIENTS))
         if self.rows_per_user is not None:
             checks.at_least("rows_per_user", self.rows_per_user, 1)
+        if self.kernel is not None and (self.gradients, self.own_shapes) != ("captured", None):
+            raise ValueError(
+                f"kernel needs gradients = 'captured' and own_shapes = None, not "
+                f"{self.gradients!r} and {self.own_shapes}"
+            )
+        if self.tokens_per_batch is not None:
+            checks.at_least("tokens_per_batch", self.tokens_per_batch, 1)
 
 
 @dataclass(frozen=True)
@@ -162,13 +183,13 @@ class LocalTrainer:
         settings: LocalSettings,
         device: torch.device,
     ) -> None:
-        self._classifier = classifier.eval()
+        self.classifier = classifier.eval()
         self._adapted = adapted
         self._fresh = adapted.read(MODEL_ROLES)
         self._limits = {site: LARGEST_UPDATE * norm for site, norm in adapted.base_norms().items()}
         self._data = data
         self._lengths = data.lengths
-        self._device = device
+        self.device = device
         self.settings = settings
 
     def check(self, parts: Parts, train: frozenset[Role]) -> None:
@@ -227,17 +248,10 @@ class LocalTrainer:
                 does not cover exactly what trains, or σ > 0 with public sampling,
                 which would void the amplification that the accountant credits.
         """
-        self._adapted.write({**self._fresh, **task.parts})
-        trained = self._adapted.select_trained(task.train)
-        if task.mechanism is not None and task.mechanism.keys != frozenset(trained):
-            raise ValueError("the mechanism's clip groups are not exactly the trained arrays")
-        noisy = task.mechanism is not None and task.mechanism.noise_multiplier > 0
-        if noisy and not task.sampling.secret:
-            raise ValueError("a private batch was asked from a public stream; use secret_stream()")
-        gradients = GRADIENTS[self.settings.gradients](self._classifier, trained)
-        optimizer = self._optimizer(trained)
-        bounds = (self.settings.rows_per_user, task.rows_per_user)
-        limit = min((bound for bound in bounds if bound is not None), default=None)
+        trained = self.begin(task)
+        gradients = self._unit_gradients(trained)
+        optimizer = self.optimizer(trained)
+        limit = self.row_limit(task)
         for _ in range(self.settings.steps):
             drawn = draw_rows(task, units, limit)
             if task.mechanism is None:
@@ -250,6 +264,37 @@ class LocalTrainer:
             optimizer.step()
         return self._adapted.read(task.train)
 
+    def begin(self, task: LocalTask) -> dict[PartKey, nn.Parameter]:
+        """Write what was broadcast into the model, and return the parameters that train.
+
+        Raises:
+            ValueError: As `train`.
+        """
+        self._adapted.write({**self._fresh, **task.parts})
+        trained = self._adapted.select_trained(task.train)
+        if task.mechanism is not None and task.mechanism.keys != frozenset(trained):
+            raise ValueError("the mechanism's clip groups are not exactly the trained arrays")
+        noisy = task.mechanism is not None and task.mechanism.noise_multiplier > 0
+        if noisy and not task.sampling.secret:
+            raise ValueError("a private batch was asked from a public stream; use secret_stream()")
+        if task.mechanism is None and self.settings.own_shapes is not None:
+            raise ValueError("own_shapes is for private tasks; without a mechanism leave it None")
+        return trained
+
+    def _unit_gradients(self, trained: Mapping[PartKey, nn.Parameter]) -> UnitGradients:
+        settings = self.settings
+        if settings.kernel is not None:
+            return FactoredGradients(self.classifier, trained, settings.kernel)
+        found = GRADIENTS[settings.gradients](self.classifier, trained)
+        if settings.own_shapes is None:
+            return found
+        return OwnShapeGradients(found, settings.physical_batch)
+
+    def row_limit(self, task: LocalTask) -> int | None:
+        """Return the smaller bound on rows of one unit in a step, the run's or the site's."""
+        bounds = (self.settings.rows_per_user, task.rows_per_user)
+        return min((bound for bound in bounds if bound is not None), default=None)
+
     def _clipped_sum(
         self,
         gradients: UnitGradients,
@@ -260,20 +305,22 @@ class LocalTrainer:
     ) -> dict[PartKey, Tensor]:
         """Clip and sum one logical batch, physical batch after physical batch."""
         shapes = {key: value.shape for key, value in trained.items()}
-        total = ClippedSum(mechanism, shapes, self._device)
+        total = ClippedSum(mechanism, shapes, self.device)
         remaining = np.bincount(unit_index) if len(unit_index) else np.zeros(0, dtype=np.int64)
-        for batch in self._physical(rows, unit_index):
-            units, local, counts = np.unique(
-                batch.unit_index.cpu().numpy(), return_inverse=True, return_counts=True
-            )
+        batches = self.physical(rows, unit_index)
+        for piece, batch in zip(self.pieces(rows), batches, strict=True):
+            index = unit_index[piece]  # as batch.unit_index, without waiting for a GPU
+            units, local, counts = np.unique(index, return_inverse=True, return_counts=True)
             if len(units) == len(local):  # one row each: keep the batch's own order
-                units, local = batch.unit_index.cpu().numpy(), np.arange(len(local))
+                units, local = index, np.arange(len(local))
                 counts = np.ones_like(units)
             remaining[units] -= counts
-            found = gradients(
-                partial(self._classifier.losses, batch),
-                torch.from_numpy(local).to(self._device),
-                len(units),
+            losses = partial(self.classifier.losses, batch)
+            local_index = moved(torch.from_numpy(local), self.device)
+            found: Mapping[PartKey, Tensor | Factored] = (
+                gradients.factored(losses, local_index, len(units))
+                if isinstance(gradients, FactoredGradients)
+                else gradients(losses, local_index, len(units))
             )
             total.add(found, units.tolist(), (remaining[units] == 0).tolist())
         return total.result()
@@ -283,19 +330,33 @@ class LocalTrainer:
     ) -> dict[PartKey, Tensor]:
         """Mean gradient of the drawn rows; zeros for an empty draw."""
         total = {key: torch.zeros_like(value) for key, value in trained.items()}
-        for batch in self._physical(rows, unit_index):
-            loss = self._classifier.losses(batch).sum() / len(rows)
+        for batch in self.physical(rows, unit_index):
+            loss = self.classifier.losses(batch).sum() / len(rows)
             found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
             for key, gradient in zip(trained, found, strict=True):
                 if gradient is not None:
                     total[key] += gradient
         return total
 
-    def _physical(self, rows: np.ndarray, unit_index: np.ndarray) -> Iterator[Batch]:
-        for piece in physical_positions(self._lengths[rows], self.settings.physical_batch):
-            yield self._data.batch(rows[piece], unit_index[piece]).to(self._device)
+    def pieces(self, rows: np.ndarray) -> list[Integers]:
+        """Return the positions in ``rows`` of each batch that `physical` yields, in its order."""
+        size, longest = self.settings.physical_batch, self.settings.own_shapes
+        if longest is not None:
+            return own_shape_positions(self._lengths[rows], size, longest)
+        return physical_positions(self._lengths[rows], size, self.settings.tokens_per_batch)
 
-    def _optimizer(self, trained: Mapping[PartKey, nn.Parameter]) -> torch.optim.Optimizer:
+    def physical(self, rows: np.ndarray, unit_index: np.ndarray) -> Iterator[Batch]:
+        """Cut a logical batch, as `draw_rows` returns it, into physical ones on the device."""
+        settings = self.settings
+        for piece in self.pieces(rows):
+            batch = self._data.batch(rows[piece], unit_index[piece])
+            if settings.own_shapes is not None:
+                pad = self._data.pad_token_id
+                batch = fill(batch, settings.physical_batch, settings.own_shapes, pad)
+            yield batch.to(self.device)
+
+    def optimizer(self, trained: Mapping[PartKey, nn.Parameter]) -> torch.optim.Optimizer:
+        """Return a fresh optimiser over ``trained``: its state lives for one round."""
         settings = self.settings
         groups = [
             {

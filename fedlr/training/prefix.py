@@ -1,15 +1,15 @@
 """Compute once what is frozen: the layers below the first adapter.
 
 Where adapters sit in the upper layers only, the lower layers map a row to the same
-hidden states in every round. They are computed once, kept at the site beside the
-tokens, and replayed. It changes no result and no guarantee: each row's hidden
-states are a function of that row alone.
+hidden states in every round. They are computed once, kept at the site beside the tokens (in
+memory, or memory-mapped in `fedlr.data.store`), and replayed. It changes no result and
+no guarantee: each row's hidden states are a function of that row alone.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,12 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlr.data.batching import Batch, TokenisedDataset, physical_batches
+from fedlr.data.batching import Batch, Integers, TokenisedDataset, physical_batches
+from fedlr.data.store import Store, states_key
 from fedlr.lowrank.factors import AdapterSite
+
+from .precision import fill, own_shape_positions
+
+_PIECE_BYTES = 1 << 26
+"""Hidden states that are in memory at a time on their way to the disk: 67 MB."""
 
 
 class _Captured(Exception):
     """Ends a forward pass once the prefix is known."""
+
+
+class _NotReplayable(Exception):
+    """The prefix cannot be cut off from the encoder."""
 
 
 def _replay(cached: Tensor | None, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -48,6 +58,7 @@ class FrozenPrefix:
     def replayed(self, hidden: Tensor) -> Iterator[None]:
         """Within the context the encoder starts from ``hidden``, shape (N, T, width)."""
         skipped = list(self.blocks[: self.depth])
+        hidden = hidden.to(next(skipped[0].parameters()).dtype)  # kept in float32, exactly
         for index, block in enumerate(skipped):
             # The layer itself stays: some encoders read its attributes (ModernBERT).
             vars(block)["forward"] = partial(_replay, hidden if index == 0 else None)
@@ -76,43 +87,163 @@ def find_prefix(encoder: nn.Module, sites: Sequence[AdapterSite]) -> FrozenPrefi
 
 
 def cache_prefix(
-    encoder: nn.Module, prefix: FrozenPrefix, data: TokenisedDataset, size: int, megabytes: int
+    encoder: nn.Module,
+    prefix: FrozenPrefix,
+    data: TokenisedDataset,
+    size: int,
+    megabytes: int,
+    own_shapes: int | None = None,
 ) -> TokenisedDataset:
-    """Return ``data`` with the prefix's hidden states, shape (tokens, width), float32, CPU.
+    """Return ``data`` with the prefix's hidden states in memory, see `PrefixCache`."""
+    cache = PrefixCache(size, None, megabytes, own_shapes=own_shapes)
+    return cache.fill(encoder, prefix, data)
 
-    Args:
-        encoder: The adapted encoder, in evaluation mode.
-        prefix: Its frozen prefix.
-        data: The rows.
-        size: Rows of one forward pass.
-        megabytes: Upper bound on the cache; where it would be larger, a layer
-            returns something other than a tensor, or a replay does not reproduce
-            the encoder (a prefix layer that is called again higher up), ``data``
-            comes back unchanged.
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """How the hidden states of a frozen prefix are computed and kept.
+
+    Attributes:
+        size: Most rows of one forward pass.
+        tokens: Most tokens of one forward pass, padding included; None has no bound.
+        megabytes: Upper bound on the states of one data set, in memory or on the disk;
+            0 keeps none.
+        base_sha256: Digest of the base model's weights.
+        store: Where they are kept and memory-mapped; None keeps them in memory.
+        own_shapes: See `fedlr.training.local.LocalSettings`: a row's states are then a
+            function of that row alone, bit for bit.
+        say: Told what is computed and kept, or why nothing is.
     """
-    width = int(getattr(encoder.config, "hidden_size"))  # noqa: B009 (a Module attribute)
-    if len(data.tokens) * width * 4 > megabytes * 1_000_000 or len(data) == 0:
-        return data
-    cache = torch.empty(len(data.tokens), width)
-    device = next(encoder.parameters()).device
-    checked = False
-    for rows in physical_batches(np.arange(len(data)), data.lengths, size):
-        batch = data.batch(rows).to(device)
-        hidden = _hidden_after(encoder, prefix, batch)
-        if hidden is None:
+
+    size: int
+    tokens: int | None
+    megabytes: int
+    base_sha256: str = ""
+    store: Store | None = None
+    own_shapes: int | None = None
+    say: Callable[[str], None] = lambda _: None
+
+    def fill(
+        self, encoder: nn.Module, prefix: FrozenPrefix, data: TokenisedDataset
+    ) -> TokenisedDataset:
+        """Return ``data`` with the prefix's hidden states, shape (tokens, width), float32, CPU.
+
+        Args:
+            encoder: The adapted encoder, in evaluation mode.
+            prefix: Its frozen prefix.
+            data: The rows.
+
+        Returns:
+            ``data`` unchanged where the states would be larger than ``megabytes``, the
+            layers are not float32 without ``own_shapes``, a layer returns something other
+            than a tensor, or a replay does not reproduce the encoder (a prefix layer that
+            is called again higher up).
+
+        Guarantees:
+            The same bits from memory and from the disk. Mapped states are replayed
+            against the encoder before they are used, as computed ones are.
+        """
+        width = int(getattr(encoder.config, "hidden_size"))  # noqa: B009 (a Module attribute)
+        size = len(data.tokens) * width * 4
+        if len(data) == 0 or self.megabytes == 0:
             return data
-        if not checked and not _reproduces(encoder, prefix, batch, hidden.to(device)):
+        if self.own_shapes is None and _dtypes(prefix) != {torch.float32}:
+            # In fewer bits a row's states depend on the shape of its batch, so on other rows.
+            self.say("the frozen layers are computed in every pass: they are not float32")
             return data
-        checked = True
-        for position, row in enumerate(rows.tolist()):
-            start, end = int(data.offsets[row]), int(data.offsets[row + 1])
-            cache[start:end] = hidden[position, : end - start]
-    return replace(data, hidden=cache)
+        if size > self.megabytes * 1_000_000:
+            self.say(
+                f"the {prefix.depth} frozen layers are computed in every pass: "
+                f"kernels.prefix_cache_mb = {self.megabytes} is less than the {-(-size // 10**6)} "
+                "MB of their output"
+            )
+            return data
+        try:
+            kept = self._on_disk(encoder, prefix, data, width)
+            if kept is None:
+                self._say_computing(prefix)
+                kept = torch.cat(list(self._pieces(encoder, prefix, data)))
+        except _NotReplayable:
+            return data
+        return replace(data, hidden=kept)
+
+    def _on_disk(
+        self, encoder: nn.Module, prefix: FrozenPrefix, data: TokenisedDataset, width: int
+    ) -> Tensor | None:
+        """Map the states, written first where they are missing; None where that fails."""
+        if self.store is None:
+            return None
+        device = next(encoder.parameters()).device
+        shape = self.own_shapes and (self.own_shapes, self.size)
+        made = f"{device.type} {sorted(map(str, _dtypes(prefix)))} {shape}"
+        key = states_key(data, self.base_sha256, prefix.depth, made)
+        rows = len(data.tokens)
+        found = self.store.read_states(key, rows, width)
+        if found is not None:
+            _, batch = next(self._batches(replace(data, hidden=found), np.arange(len(data))))
+            batch = batch.to(device)
+            if batch.hidden is not None and _reproduces(encoder, prefix, batch, batch.hidden):
+                return found
+            self.say("the frozen layers that were kept are not those of this model")
+        self._say_computing(prefix)
+        pieces = self._pieces(encoder, prefix, data)
+        written = self.store.write_states(key, rows * width * 4, pieces)
+        return self.store.read_states(key, rows, width) if written else None
+
+    def _say_computing(self, prefix: FrozenPrefix) -> None:
+        self.say(f"computing the {prefix.depth} frozen layers below the adapters once")
+
+    def _pieces(
+        self, encoder: nn.Module, prefix: FrozenPrefix, data: TokenisedDataset
+    ) -> Iterator[Tensor]:
+        """Yield the states of consecutive rows, a piece of at most `_PIECE_BYTES` at a time."""
+        width = int(getattr(encoder.config, "hidden_size"))  # noqa: B009 (a Module attribute)
+        device = next(encoder.parameters()).device
+        checked = False
+        for rows in _runs(data, _PIECE_BYTES // (4 * width)):
+            first, last = data.offsets[[rows[0], rows[-1] + 1]].tolist()
+            piece = torch.empty(last - first, width)
+            for part, batch in self._batches(data, rows):
+                batch = batch.to(device)
+                hidden = _hidden_after(encoder, prefix, batch)
+                if hidden is None:
+                    raise _NotReplayable
+                if not checked and not _reproduces(encoder, prefix, batch, hidden.to(device)):
+                    raise _NotReplayable
+                checked = True
+                for position, row in enumerate(part.tolist()):
+                    start, end = (data.offsets[[row, row + 1]] - first).tolist()
+                    piece[start:end] = hidden[position, : end - start]
+            yield piece
+
+    def _batches(self, data: TokenisedDataset, rows: Integers) -> Iterator[tuple[Integers, Batch]]:
+        """Yield the rows of each pass and their batch, which may have more rows behind."""
+        if self.own_shapes is None:
+            for part in physical_batches(rows, data.lengths, self.size, self.tokens):
+                yield part, data.batch(part)
+            return
+        for piece in own_shape_positions(data.lengths[rows], self.size, self.own_shapes):
+            batch = data.batch(rows[piece])
+            yield rows[piece], fill(batch, self.size, self.own_shapes, data.pad_token_id)
+
+
+def _dtypes(prefix: FrozenPrefix) -> set[torch.dtype]:
+    return {value.dtype for value in prefix.blocks[: prefix.depth].parameters()}
+
+
+def _runs(data: TokenisedDataset, tokens: int) -> Iterator[Integers]:
+    """Cut all rows into consecutive runs of at most ``tokens`` tokens; a longer row is alone."""
+    start = 0
+    while start < len(data):
+        limit = data.offsets[start] + tokens
+        end = max(int(np.searchsorted(data.offsets, limit, side="right")) - 1, start + 1)
+        yield np.arange(start, end)
+        start = end
 
 
 def _reproduces(encoder: nn.Module, prefix: FrozenPrefix, batch: Batch, hidden: Tensor) -> bool:
     """Whether the encoder that starts from ``hidden`` computes what the whole one does."""
-    tokens = batch.attention_mask.bool()
+    tokens = batch.attention_mask.bool() & (batch.unit_index >= 0).unsqueeze(1)
     with torch.no_grad():
         whole = encoder(**batch.inputs()).last_hidden_state[tokens]
         with prefix.replayed(hidden):

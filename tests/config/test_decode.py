@@ -62,6 +62,14 @@ def test_json_round_trips_exactly(config: RunConfig) -> None:
     assert from_mapping(asdict(config)) == config
 
 
+@pytest.mark.parametrize(("text", "indices"), [("top:1", (-1,)), ("top:3", (-3, -2, -1))])
+def test_top_k_is_another_spelling_of_a_list(text: str, indices: tuple[int, ...]) -> None:
+    spelt = from_mapping({"adapter": {"layers": text}})
+    assert spelt == from_mapping({"adapter": {"layers": list(indices)}})
+    assert spelt.adapter.layers == indices
+    assert from_json(to_json(spelt)) == spelt
+
+
 def test_json_is_canonical() -> None:
     text = to_json(RunConfig())
     assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
@@ -100,6 +108,10 @@ ILL_TYPED: list[tuple[str, str, Any, str]] = [
     ("data", "text_columns", "text", "a list"),
     ("data", "text_columns", ["a", 1], "a list, each a text"),
     ("adapter", "layers", [0, "x"], "a list, each an integer or null"),
+    *(
+        ("adapter", "layers", value, "top:k (1 ≤ k ≤ 99), a list or null")
+        for value in (3, "2", "top", "top:0", "top:-1", "top: 2", "TOP:2", "top:100", "top:1٣")
+    ),
 ]
 
 

@@ -57,6 +57,7 @@ LOWEST: dict[str, int] = {
     "privacy.rows_per_user": 1,
     "data.max_examples": 1,
     "kernels.threads": 1,
+    "kernels.tokens_per_batch": 1,
     "kernels.fused_clients": 1,
 }
 
@@ -126,6 +127,7 @@ def test_every_field_with_a_range_is_in_the_tables(monkeypatch: pytest.MonkeyPat
         *(("method.update_norm_bound", 1.0), ("privacy.delta", 0.1), ("privacy.head_share", 0.5)),
         *(("privacy.max_joins", 1), ("optimizer.head_learning_rate", 1.0)),
         *(("data.max_examples", 1), ("kernels.threads", 1), ("model.head.trained", True)),
+        ("kernels.tokens_per_batch", 1),
         ("kernels.fused_clients", 1),
         *(("federation.round_timeout_s", 1.0), ("privacy.rows_per_user", 1)),
         ("privacy.unit", "user"),
@@ -168,6 +170,10 @@ CONTRADICTIONS: list[tuple[tuple[tuple[str, Any], ...], str]] = [
     ((("model.head.feature_scale", None),), "model.head.feature_scale is missing"),
     ((("method.name", "head_only"),), "method.name = head_only"),
     ((("privacy.head_share", 0.5),), "privacy.head_share is set"),
+    (
+        (("model.precision", "bfloat16"), ("kernels.tokens_per_batch", 512)),
+        "kernels.tokens_per_batch is set but model.precision = bfloat16",
+    ),
 ]
 
 
@@ -202,6 +208,7 @@ CONSISTENT: list[tuple[tuple[str, Any], ...]] = [
     (("model.head.trained", True),),
     (("method.name", "head_only"), ("model.head.trained", True)),
     (("privacy.head_share", 0.5), ("model.head.trained", True)),
+    (("model.precision", "bfloat16"), ("kernels.physical_batch", None)),
 ]
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,63 @@ def test_physical_batches_are_a_sorted_partition(lengths: list[int], size: int) 
     assert np.array_equal(
         joined, [row for length in range(9, 0, -1) for row in rows if lengths[row] == length]
     )
+
+
+@given(st.lists(st.integers(1, 9), max_size=40), st.integers(1, 12), st.integers(1, 60))
+def test_a_token_budget_cuts_no_earlier_and_no_later_than_it_must(
+    lengths: list[int], size: int, tokens: int
+) -> None:
+    every = np.array(lengths, dtype=np.int64)
+    pieces = physical_positions(every, size, tokens)
+    order = np.concatenate([*pieces, np.array([], dtype=np.int64)]).astype(np.int64)
+    assert np.array_equal(order, np.argsort(-every, kind="stable"))
+    for piece in pieces:
+        cost = len(piece) * int(every[piece].max())
+        assert len(piece) == 1 or (cost <= tokens and len(piece) <= size)
+    for piece in pieces[:-1]:
+        one_more = (len(piece) + 1) * int(every[piece].max())
+        assert len(piece) == size or one_more > tokens
+    unbounded = physical_positions(every, size, 9 * 12)
+    assert all(map(np.array_equal, unbounded, physical_positions(every, size)))
+
+
+def test_a_budget_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokens = 0 must be ≥ 1"):
+        physical_positions(np.array([3]), 2, 0)
+
+
+@pytest.mark.parametrize("pairs", [None, PAIRS])
+def test_only_a_gpu_gets_pinned_memory_and_copies_that_do_not_wait(
+    pairs: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: what is asked of torch is recorded, and nothing is moved."""
+    data = tokenised(pairs)
+    total = int(data.offsets[-1])
+    batch = replace(data, hidden=torch.ones(total, 4)).batch(np.array([1, 0]))
+    present = [value for value in vars(batch).values() if value is not None]
+    asked: list[tuple[str, Any]] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        asked.append(("pin", id(tensor)))
+        return tensor
+
+    def to(tensor: torch.Tensor, device: torch.device, **options: Any) -> torch.Tensor:
+        asked.append((device.type, options))
+        return tensor
+
+    assert batch.to(torch.device("cpu")) is batch
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "pin_memory", pin)
+        patch.setattr(torch.Tensor, "to", to)
+        on_gpu = batch.to(torch.device("cuda"))
+        copies = [entry for entry in asked if entry[0] != "pin"]
+        assert copies == [("cuda", {"non_blocking": True})] * len(present)
+        assert [entry[1] for entry in asked if entry[0] == "pin"] == list(map(id, present))
+        asked.clear()
+        batch.to(torch.device("meta"))
+        assert asked == [("meta", {})] * len(present)
+    assert all(vars(on_gpu)[name] is value for name, value in vars(batch).items())
+    assert len(present) == (6 if pairs else 5)
 
 
 def test_no_rows_no_batches_and_size_is_checked() -> None:

@@ -135,9 +135,27 @@ def cpu_choice(*arguments: str) -> Tensor:
     )
 
 
+def private_round(implementation: str) -> Tensor:
+    """Return what a client releases after two steps without noise, all arrays in one."""
+    from fedlr.adapters.forward import use_kernel
+    from fedlr.kernels import dispatch
+    from fedlr.methods.method import Role
+    from tests.models import rows, tiny, units_of
+    from tests.training.test_local import task
+
+    call, model, chosen = dispatch.Call(torch.device("cpu")), tiny(), None
+    if implementation == "triton":
+        chosen = dispatch.clipped_sum(call, "triton")
+        layer = dispatch.lora_linear(call, "triton")
+        use_kernel(model.adapted.encoder, model.adapted.sites, layer)
+    trainer = model.trainer(rows([5, 3, 7, 2, 9, 4]), steps=2, physical_batch=4, kernel=chosen)
+    found = trainer.train(task(model, frozenset({Role.B, Role.HEAD})), units_of([1, 2, 1, 2]))
+    return torch.cat([found[key].flatten() for key in sorted(found)])
+
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (norms, sums, linear, uninitialised, transposed, cpu_choice)
+    for function in (norms, sums, linear, uninitialised, transposed, cpu_choice, private_round)
 }
 
 

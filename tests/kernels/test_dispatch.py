@@ -46,19 +46,19 @@ def test_the_twin_is_handed_out() -> None:
 
 
 @pytest.mark.parametrize("kernel", dispatch.KERNELS)
-@pytest.mark.parametrize("override", ["auto", "triton"])
-def test_a_gpu_that_can_runs_the_kernel(
-    fine_gpu: pytest.MonkeyPatch, kernel: str, override: str
+def test_a_gpu_that_can_runs_the_kernel_when_asked(
+    fine_gpu: pytest.MonkeyPatch, kernel: str
 ) -> None:
-    assert choose(kernel, GPU, override).implementation == "triton"
+    assert choose(kernel, GPU, "triton").implementation == "triton"
     assert choose(kernel, GPU, "naive").implementation == "naive"
+    assert choose(kernel, GPU) == (kernel, "naive", dispatch.UNMEASURED)
 
 
 def test_the_kernel_is_handed_out(fine_gpu: pytest.MonkeyPatch) -> None:
     kernel = pytest.importorskip("fedlr.kernels.clipped_sum.triton")
     layer = pytest.importorskip("fedlr.kernels.lora_linear.triton")
-    assert dispatch.clipped_sum(GPU) is kernel
-    assert dispatch.lora_linear(GPU) is layer
+    assert dispatch.clipped_sum(GPU, "triton") is kernel
+    assert dispatch.lora_linear(GPU, "triton") is layer
 
 
 OBSTACLES = {
@@ -117,7 +117,8 @@ def test_an_obstacle_is_told_and_insisting_is_an_error(
 
 
 def test_only_the_layer_minds_that_a_is_trained(fine_gpu: pytest.MonkeyPatch) -> None:
-    assert choose("clipped_sum", Call(GPU.device, trains_a=True)).implementation == "triton"
+    call = Call(GPU.device, trains_a=True)
+    assert choose("clipped_sum", call, "triton").implementation == "triton"
 
 
 def test_unknown_names_are_refused() -> None:
@@ -146,3 +147,13 @@ def test_an_interpreter_wanted_too_late_is_noticed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ConfigError, match="imported before TRITON_INTERPRET=1 was set"):
         choose("clipped_sum", CPU, "triton")
+
+
+def test_a_private_round_by_the_kernels_is_the_one_by_torch(machine: Machine) -> None:
+    """Both kernels in their places: the clip acts, units span batches, a head trains."""
+    if machine.device.type != "cpu":
+        pytest.skip("the tiny model of this test is on the CPU")
+    expected = machine.run("private_round", "naive")
+    found = machine.run("private_round", "triton")
+    assert bool(expected.isfinite().all())
+    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())

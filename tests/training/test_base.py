@@ -24,6 +24,7 @@ from fedlr.training.base import (
     model_size,
     weights_digest,
 )
+from fedlr.training.precision import cast_base
 from tests.data.helpers import word_tokenizer
 from tests.hub import ask_at, serve, snapshot
 from tests.models import FAMILIES, LONGEST, PAD, VOCABULARY, WIDTH, encoder, rows
@@ -63,6 +64,23 @@ def test_a_folder_gives_its_own_weights_frozen_in_evaluation_mode(folder: Path) 
     again = load_base(str(folder))
     assert base.base_sha256 == again.base_sha256
     assert base.tokenizer_sha256 == again.tokenizer_sha256
+
+
+def test_a_rounded_base_keeps_the_digest_of_its_file(folder: Path) -> None:
+    whole, rounded = load_base(str(folder)), load_base(str(folder), precision="bfloat16")
+    assert whole.base_sha256 == rounded.base_sha256
+    for left, right in zip(whole.encoder.parameters(), rounded.encoder.parameters(), strict=True):
+        assert torch.equal(left.bfloat16(), right)
+        assert not right.requires_grad
+    with pytest.raises(ValueError, match="precision"):
+        load_base(str(folder), precision="float16")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_stand_alone_in_bfloat16_up_to_its_rounding(family: str) -> None:
+    base = bare(encoder(family))
+    cast_base(base.encoder, "bfloat16")
+    check_rows_alone(base, LONGEST)
 
 
 def test_the_digest_names_every_weight_shape_and_value() -> None:

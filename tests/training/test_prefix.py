@@ -4,27 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedlr.adapters.inject import inject
+from fedlr.build import build
 from fedlr.data.batching import TokenisedDataset
+from fedlr.data.store import Store
 from fedlr.lowrank.factors import AdapterSite
 from fedlr.methods.method import Role
 from fedlr.privacy.dpsgd import Mechanism, clip_groups
 from fedlr.privacy.noise import public_stream
+from fedlr.training import prefix as module
 from fedlr.training.classifier import Classifier
 from fedlr.training.local import LocalTask
-from fedlr.training.prefix import cache_prefix, find_prefix
+from fedlr.training.prefix import PrefixCache, cache_prefix, find_prefix
 from tests.models import FAMILIES, LONGEST, PAD, VOCABULARY, WIDTH, Tiny, encoder, rows, tiny
 from tests.models import units_of as units
+from tests.test_build import config, saved
+from tests.test_build import train as trained
 
 DATA = rows([5, 3, LONGEST, 7, 2, 9, 4, 6])
 ROLES = frozenset({Role.B, Role.HEAD})
+SMALL = {"max_examples": 60}
 NESTED = [family for family in FAMILIES if family != "albert"]
 
 
@@ -209,3 +216,142 @@ def test_padding_takes_nothing_from_the_first_row() -> None:
     assert batch.hidden is not None
     assert torch.isfinite(batch.hidden).all()
     assert (batch.hidden[1, 2:] == 0).all()
+
+
+def cached_by(
+    model: Tiny, store: Store | None, said: list[str] | None = None, **changes: Any
+) -> TokenisedDataset:
+    """The rows with states that ``store`` keeps; a made-up digest names the base."""
+    prefix = find_prefix(model.adapted.encoder, model.adapted.sites)
+    assert prefix is not None
+    say = ([] if said is None else said).append
+    values: dict[str, Any] = {"size": 3, "tokens": 20, "megabytes": 1, "base_sha256": "base"}
+    cache = PrefixCache(**{**values, **changes}, store=store, say=say)
+    return cache.fill(model.adapted.encoder, prefix, DATA)
+
+
+def bits(data: TokenisedDataset) -> Tensor:
+    assert data.hidden is not None
+    return data.hidden.clone().view(torch.int32)
+
+
+@pytest.mark.parametrize("piece", [1, 4 * WIDTH * 15, 1 << 26])
+def test_memory_and_disk_give_the_same_bits(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also row by row, and in pieces of some rows on their way to the disk."""
+    whole = cached_by(tiny(layers=3, on=[2]), None)
+    monkeypatch.setattr(module, "_PIECE_BYTES", piece)
+    model, said = tiny(layers=3, on=[2]), list[str]()
+    store = Store.open(str(tmp_path / "cache"), said.append)
+    in_memory = cached_by(model, None)
+    written = cached_by(model, store, said)
+    assert [line.split(" in ")[0] for line in said] == [
+        "computing the 2 frozen layers below the adapters once",
+        "keeping 3.1 kB of hidden states",
+    ]
+    runs: list[int] = []
+    hook = model.adapted.encoder.register_forward_hook(lambda *_: runs.append(1))
+    mapped = cached_by(model, store, said)
+    hook.remove()
+    assert len(runs) == 2  # the look whether they are this model's, and nothing else
+    assert len(said) == 2
+    assert torch.equal(bits(in_memory), bits(written))
+    assert torch.equal(bits(in_memory), bits(mapped))
+    assert torch.allclose(bits(whole).view(torch.float32), in_memory.hidden, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[1] * len(DATA), [1, 4, 3]], ids=["example", "user"])
+def test_updates_are_those_without_the_prefix(sizes: list[int], tmp_path: Path) -> None:
+    """Dry mode, three steps: to 1e-6 without a cache, and bit for bit between the two kinds."""
+    store = Store.open(str(tmp_path / "cache"), print)
+    found = []
+    for kind in ("none", "memory", "disk", "disk"):
+        model = tiny(layers=3, on=[2])
+        start = model.parts()
+        data = DATA if kind == "none" else cached_by(model, store if kind == "disk" else None)
+        prefix = find_prefix(model.adapted.encoder, model.adapted.sites)
+        classifier = Classifier(model.adapted.encoder, model.classifier.head, prefix).eval()
+        trainer = replace(model, classifier=classifier).trainer(data, steps=3)
+        groups = clip_groups([key for key in start if key.role in ROLES], 0.5, None)
+        stream = public_stream("same")
+        task = LocalTask(start, ROLES, 0.7, Mechanism(0.5, groups, 0.0, 4), stream, stream)
+        found.append(trainer.train(task, units(sizes)))
+    none, memory, *disk = found
+    for key in none:
+        assert float((none[key] - memory[key]).abs().max()) < 1e-6
+        assert all(torch.equal(memory[key], other[key]) for other in disk)
+    assert any(not torch.equal(none[key], start[key]) for key in none)
+
+
+def test_a_full_disk_leaves_them_in_memory(tmp_path: Path) -> None:
+    model, said = tiny(layers=3, on=[2]), list[str]()
+    store = Store.open(str(tmp_path / "cache"), said.append)
+    store.folder.rmdir()
+    found = cached_by(model, store, said)
+    assert torch.equal(bits(found), bits(cached_by(model, None)))
+    assert any("cannot keep" in line and "goes on without" in line for line in said)
+
+
+def test_states_that_are_too_large_are_said_to_be(tmp_path: Path) -> None:
+    said: list[str] = []
+    model = tiny(layers=3, on=[2])
+    prefix = find_prefix(model.adapted.encoder, model.adapted.sites)
+    assert prefix is not None
+    data = rows([12] * 1301 + [14])  # one token more than 1 MB holds
+    store = Store.open(str(tmp_path / "cache"), said.append)
+    for place in (None, store):
+        cache = PrefixCache(128, None, 1, store=place, say=said.append)
+        assert cache.fill(model.adapted.encoder, prefix, data) is data
+    assert (
+        said
+        == [
+            "the 2 frozen layers are computed in every pass: kernels.prefix_cache_mb = 1 is less "
+            "than the 2 MB of their output"
+        ]
+        * 2
+    )
+    assert list(store.folder.iterdir()) == []
+
+
+def test_states_of_another_model_under_the_same_name_are_noticed(tmp_path: Path) -> None:
+    """A library that computes the layers otherwise than the one that filled the folder did."""
+    said: list[str] = []
+    store = Store.open(str(tmp_path / "cache"), said.append)
+    cached_by(tiny(layers=3, on=[2], seed=1), store)
+    model = tiny(layers=3, on=[2])
+    found = cached_by(model, store, said)
+    assert "the frozen layers that were kept are not those of this model" in said
+    assert torch.equal(bits(found), bits(cached_by(model, None)))
+    said.clear()
+    cached_by(model, store, said)
+    assert said == []
+
+
+def test_fewer_bits_without_own_shapes_are_not_kept() -> None:
+    model, said = tiny(layers=3, on=[2]), list[str]()
+    for value in model.adapted.encoder.parameters():
+        value.data = value.data.to(torch.bfloat16)
+    assert cached_by(model, None, said) is DATA
+    assert said == ["the frozen layers are computed in every pass: they are not float32"]
+
+
+def test_a_built_run_keeps_and_maps_what_it_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run neither tokenises nor runs the lower layers, and trains to the same bits."""
+    name = saved(encoder("bert", layers=3), tmp_path / "bert")
+    kept = {"cache": str(tmp_path / "cache")}
+    plain = build(config(name, adapter={"layers": "top:1"}))
+    first = build(config(name, adapter={"layers": "top:1"}, data={**SMALL, **kept}))
+    monkeypatch.setattr("fedlr.data.store.tokenise", lambda *_: pytest.fail("tokenised"))
+    monkeypatch.setattr(PrefixCache, "_pieces", lambda *_: pytest.fail("computed"))
+    said: list[str] = []
+    second = build(config(name, adapter={"layers": [-1]}, data={**SMALL, **kept}), said.append)
+    assert not any("frozen" in line or "keeping" in line for line in said)
+    names = sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir())
+    assert names == ["states", "states", "tokens", "tokens"]  # train and validation
+    one, other, third = trained(plain), trained(first), trained(second)
+    for key in one:
+        assert torch.equal(one[key], other[key])
+        assert torch.equal(one[key], third[key])
