@@ -40,7 +40,7 @@ lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## Run the benchmarks
+bench: $(STAMP) ## Run the benchmarks: one table, and build/bench.json
 	$(BIN)/python -m pytest tests/benchmarks -m bench -s -o faulthandler_timeout=3600
 
 clean: ## Remove the environment, caches and build output; runs are kept

@@ -1,56 +1,87 @@
-"""Ratios of two things timed in alternation in one process: drift hits both alike."""
+"""Times of two things in alternation in one process: what drifts hits both alike."""
 
 from __future__ import annotations
 
+import os
+import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from fedlr.build import Workbench, build
-from fedlr.cli.compose import compose
-from fedlr.data.batching import UnitIndex
-from fedlr.privacy.dpsgd import Mechanism, clip_groups
-from fedlr.privacy.noise import public_stream
-from fedlr.training.local import LocalTask
+PAIRS_VARIABLE = "FEDLR_BENCH_PAIRS"
+"""Environment variable: no benchmark measures more pairs; for a quick look."""
+
+CLOCK_VARIABLE = "FEDLR_BENCH_CLOCK"
+"""Environment variable: ``cpu`` counts this process's CPU time instead of wall time. For a
+machine that others use: waiting for a core is not counted, nor is waiting for a disk."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of two things that are compared.
+
+    Attributes:
+        name: What the table calls it.
+        call: Does it once.
+        repeats: Calls per measurement, for what takes less than a millisecond.
+        warm: It needs no call before the first measurement: it has run already, or
+            takes so long that a cold start is nothing.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    repeats: int = 1
+    warm: bool = False
+
+
+def most(pairs: int) -> int:
+    """Return ``pairs``, or what the environment allows if that is less."""
+    return max(1, min(pairs, int(os.environ.get(PAIRS_VARIABLE, pairs))))
+
+
+def alternate(first: Side, second: Side, pairs: int) -> tuple[list[float], list[float]]:
+    """Measure ``pairs`` pairs, in random order inside a pair, each side warm.
+
+    The order is drawn from a fixed seed: whatever the first call of a pair does to
+    caches or to the allocator is shared out between both, and not by turns.
+
+    Returns:
+        Seconds of one call of each side, pair by pair.
+    """
+    order = random.Random(0)
+    sides = (first, second)
+    times: tuple[list[float], list[float]] = ([], [])
+    for side in sides:
+        if not side.warm:
+            side.call()
+    for _ in range(pairs):
+        for index in order.sample((0, 1), 2):
+            times[index].append(seconds(sides[index].call, sides[index].repeats))
+    return times
 
 
 def ratio(slow: Callable[[], Any], fast: Callable[[], Any], pairs: int) -> tuple[float, float]:
-    """Return the median of slow/fast over alternating pairs, and the median time of fast in s."""
-    slow(), fast()
-    quotients, times = [], []
-    for _ in range(pairs):
-        first, second = seconds(slow), seconds(fast)
-        quotients.append(first / second)
-        times.append(second)
-    return statistics.median(quotients), statistics.median(times)
+    """Return the median of slow/fast and the median time of fast in s; not in the table."""
+    above, below = alternate(Side("slow", slow), Side("fast", fast), most(pairs))
+    quotients = [first / second for first, second in zip(above, below, strict=True)]
+    return statistics.median(quotients), statistics.median(below)
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    before = time.perf_counter()
-    call()
-    return time.perf_counter() - before
+def clock() -> str:
+    """Return ``wall``, or ``cpu`` where the environment asks for it."""
+    return "cpu" if os.environ.get(CLOCK_VARIABLE) == "cpu" else "wall"
 
 
-def workbench(*overrides: str) -> Workbench:
-    """The default model and layers, 240 real rows, one client that draws 64 of them a step."""
-    small = ("data.max_examples=240", "federation.clients=1", "federation.clients_per_round=1")
-    return build(compose(["privacy=dry", "optimizer.steps=1", *small, *overrides]))
+def now() -> float:
+    """Seconds on the clock that is in use."""
+    return time.process_time() if clock() == "cpu" else time.perf_counter()
 
 
-def round_of(bench: Workbench, private: bool) -> Callable[[], Any]:
-    """One step of the client, private (σ = 0) or plain, on the same draw each time."""
-    state = bench.method.init(bench.layout, public_stream("bench").torch_generator())
-    parts, train = bench.method.broadcast(state), bench.method.plan(state).phases[0].train
-    keys = [key for key in parts if key.role in train]
-    mechanism = Mechanism(1.0, clip_groups(keys, 1.0, None), 0.0, 64) if private else None
-    units: UnitIndex = bench.clients[0].units
-
-    def step() -> Any:
-        task = LocalTask(
-            parts, train, 64 / 240, mechanism, public_stream("draw"), public_stream("noise")
-        )
-        return bench.trainer.train(task, units)
-
-    return step
+def seconds(call: Callable[[], Any], repeats: int = 1) -> float:
+    """Time of one call, in s; the garbage collector runs as it does for a user."""
+    before = now()
+    for _ in range(repeats):
+        call()
+    return (now() - before) / repeats
