@@ -26,6 +26,7 @@ from fedlr.data.store import Store, tokenise_once
 from fedlr.errors import ConfigError
 from fedlr.kernels.dispatch import (
     KERNELS,
+    NAIVE,
     TRITON,
     Call,
     ClippedSum,
@@ -186,9 +187,11 @@ def adapt(config: RunConfig, base: BaseModel) -> tuple[nn.Module, tuple[AdapterS
         adapter.alpha,
         config.kernels.checkpointing,
     )
-    call, wanted = kernel_call(config), config.kernels.implementation
-    if choose("lora_linear", call, wanted).implementation == TRITON:
-        use_kernel(encoder, sites, lora_linear(call, wanted))
+    # Opacus and the reference look at the module that holds B, as PEFT calls it.
+    if config.kernels.gradients == "captured":
+        call, wanted = kernel_call(config), config.kernels.implementation
+        if choose("lora_linear", call, wanted).implementation != NAIVE:
+            use_kernel(encoder, sites, lora_linear(call, wanted))
     return encoder, sites
 
 

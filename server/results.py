@@ -144,10 +144,14 @@ def _spent_out(outcome: Outcome) -> tuple[str, ...]:
             if refusal.code in BOUNDS:
                 first.setdefault(refusal.client, (record.round, refusal.code))
     return tuple(
-        f"{client} took part in {outcome.joins.get(client, 0)} rounds and stopped before round "
+        f"{client} took part in {_rounds(outcome.joins.get(client, 0))} and stopped before round "
         f"{number}: {BOUNDS[code]} ({code})."
         for client, (number, code) in sorted(first.items())
     )
+
+
+def _rounds(count: int) -> str:
+    return "1 round" if count == 1 else f"{count} rounds"
 
 
 def _clients(facts: RunFacts, outcome: Outcome, mode: str) -> tuple[ClientSummary, ...]:

@@ -20,8 +20,8 @@ def use_kernel(encoder: nn.Module, sites: Sequence[AdapterSite], kernel: LoraLin
     Args:
         encoder: What `fedlr.adapters.inject.inject` returned.
         sites: Its sites.
-        kernel: See `fedlr.kernels.lora_linear`. While A trains, PEFT's products are
-            taken: the kernel has no gradient for it.
+        kernel: See `fedlr.kernels.lora_linear`. While A trains, or B is one of each row's
+            own (`fedlr.training.fused`), PEFT's products are taken.
 
     Guarantees:
         The module that holds B is called as before, with s·x·Aᵀ, and returns the layer's
@@ -36,7 +36,7 @@ def _forward(
     layer: Any, ordinary: Callable[..., Tensor], scaling: float, kernel: LoraLinear, x: Tensor
 ) -> Tensor:
     base, a, b = layer.get_base_layer(), layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    if a.weight.requires_grad:
+    if a.weight.requires_grad or "forward" in vars(b):  # B differs from row to row
         return ordinary(x)
     # A hooked B is differentiated unit by unit, from what its hooks see.
     weight = b.weight.detach() if b._forward_hooks else b.weight

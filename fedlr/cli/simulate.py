@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from flwr.app import UserConfig
     from flwr.serverapp import ServerApp
 
+    from client.site import Site
+    from server.grid import InProcessGrid
     from server.outcome import Outcome
     from server.session import Session
 
@@ -119,23 +121,32 @@ def run_session(session: Session) -> Outcome:
 
 def _run_local(session: Session, server: ServerApp) -> None:
     """Call server and clients in this process, on one resident model."""
-    from client.app import make_batch_handler, make_client_app
-    from client.fused import train_fused
     from client.simulation import make_sites
-    from fedlr.planning import clients_together
     from server.app import run_in_process
-    from server.grid import InProcessGrid
 
     sites = make_sites(session.workbench, session.order)
-    count = len(sites)
+    run_in_process(server, local_grid(session.config, sites))
+
+
+def local_grid(config: RunConfig, sites: Sequence[Site]) -> InProcessGrid:
+    """Return the grid of the engine ``local``: node k + 1 is the k-th site.
+
+    Sites share passes through the model where `fedlr.planning.clients_together` says so.
+    """
+    from client.app import make_batch_handler, make_client_app
+    from client.fused import train_fused
+    from fedlr.planning import clients_together
+    from server.grid import InProcessGrid
+
     client = make_client_app(lambda context: sites[int(context.node_config["partition-id"])])
     nodes: dict[int, UserConfig] = {
-        index + 1: {"partition-id": index, "num-partitions": count} for index in range(count)
+        index + 1: {"partition-id": index, "num-partitions": len(sites)}
+        for index in range(len(sites))
     }
-    size = clients_together(session.config)
+    size = clients_together(config)
     by_node = {index + 1: site for index, site in enumerate(sites)}
     together = make_batch_handler(by_node, train_fused, size) if size > 1 else None
-    run_in_process(server, InProcessGrid(client, nodes, together))
+    return InProcessGrid(client, nodes, together)
 
 
 def _run_on_ray(session: Session, server: ServerApp) -> None:

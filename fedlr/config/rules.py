@@ -169,6 +169,12 @@ def _model_rules(config: RunConfig) -> list[tuple[bool, str]]:
             "kernels.physical_batch",
         ),
         (
+            config.kernels.implementation == "triton" and config.kernels.gradients != "captured",
+            f"kernels.implementation = triton but kernels.gradients = {config.kernels.gradients} "
+            "does not use the kernels; set kernels.gradients=captured or kernels.implementation="
+            "auto",
+        ),
+        (
             head.kind == "random_cls" and head.trained,
             "model.head.trained = true but model.head.kind = random_cls is the frozen head of the "
             "paper; set model.head.trained=false or model.head.kind=linear",

@@ -271,8 +271,9 @@ class KernelsConfig:
     Attributes:
         gradients: ``captured`` (δᵀz of the adapter layers), ``opacus`` (its hooks),
             or ``autograd`` (one unit at a time: slow, the reference).
-        implementation: ``naive`` (torch), ``triton`` (the kernels of `fedlr.kernels`, on an
-            NVIDIA GPU; ``gradients=captured``), or ``auto``; see ``fedlr doctor``.
+        implementation: ``naive`` (PEFT's products, torch's sums), ``triton`` (the kernels of
+            `fedlr.kernels`, on an NVIDIA GPU), or ``auto``: what was measured to pay, which
+            is told by ``fedlr doctor``. With ``gradients=captured``; the others are naive.
         physical_batch: Most rows per forward pass; null measures how many fit the free
             memory.
         checkpointing: Compute the inside of adapted layers again in the backward pass

@@ -21,7 +21,7 @@ from fedlr import checks
 from fedlr.errors import ConfigError
 
 KERNELS = ("clipped_sum", "lora_linear")
-NAIVE, TRITON = "naive", "triton"
+NAIVE, MERGED, TRITON = "naive", "merged", "triton"
 OVERRIDES = ("auto", NAIVE, TRITON)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 128
@@ -51,7 +51,7 @@ class Call:
 
 
 class Choice(NamedTuple):
-    """A decision: the kernel's name, ``naive`` or ``triton``, and the reason in words."""
+    """A decision: the kernel's name, its implementation's, and the reason in words."""
 
     kernel: str
     implementation: str
@@ -103,16 +103,14 @@ def lora_linear(call: Call, override: str = "auto") -> LoraLinear:
 
 
 def choose(kernel: str, call: Call, override: str = "auto") -> Choice:
-    """Decide between the twin and the Triton kernel.
+    """Decide between the twin, the merged product and the Triton kernel.
 
     Args:
         kernel: One of `KERNELS`.
         call: What is to be computed, and where.
-        override: ``auto`` and ``naive`` take the twin; ``triton`` takes the kernel.
-
-    Returns:
-        The decision. ``auto`` will take the kernel where it was measured to pay; that
-        needs a GPU, and none was at hand yet.
+        override: ``naive`` takes the twin, ``triton`` the kernel, ``auto`` what was
+            measured to pay: in float32 on a CPU one merged product, else the twin. On a
+            GPU nothing was measured yet, for want of one.
 
     Raises:
         ConfigError: ``override`` is unknown, or is ``triton`` where it cannot run.
@@ -130,6 +128,8 @@ def choose(kernel: str, call: Call, override: str = "auto") -> Choice:
     if override == NAIVE:
         return Choice(kernel, NAIVE, "kernels.implementation = naive asks for it")
     obstacle = _shape_obstacle(kernel, call) or _machine_obstacle(call, override == TRITON)
+    if override == "auto" and kernel == "lora_linear" and _is_merged(call):
+        return Choice(kernel, MERGED, "one product with W + s·B·A: float32 on a CPU")
     if override == "auto":
         return Choice(kernel, NAIVE, obstacle or UNMEASURED)
     if obstacle is None:
@@ -147,9 +147,13 @@ def explain(device: torch.device) -> list[Choice]:
 
     Example:
         >>> [tuple(choice)[:2] for choice in explain(torch.device("cpu"))]
-        [('clipped_sum', 'naive'), ('lora_linear', 'naive')]
+        [('clipped_sum', 'naive'), ('lora_linear', 'merged')]
     """
     return [choose(kernel, Call(device)) for kernel in KERNELS]
+
+
+def _is_merged(call: Call) -> bool:
+    return call.device.type == "cpu" and call.dtype is torch.float32 and not call.trains_a
 
 
 def _shape_obstacle(kernel: str, call: Call) -> str | None:

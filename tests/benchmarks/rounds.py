@@ -9,14 +9,13 @@ from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord
 from torch import Tensor
 
-from client.app import make_client_app
 from client.simulation import make_sites
 from fedlr.build import Workbench, build
 from fedlr.cli.compose import compose
+from fedlr.cli.simulate import local_grid
 from fedlr.methods.shared import factor_pairs
 from fedlr.report.records import RoundLog
 from server.environment import quiet_flower
-from server.grid import InProcessGrid
 from server.hooks import Hooks
 from server.journal import ROUNDS
 from server.outcome import Checkpoint
@@ -56,9 +55,7 @@ class LocalRounds:
         self.bench = replace(bench, config=replace(bench.config, output=str(folder)))
         self._session = session = begin(self.bench)
         self.sites = make_sites(self.bench, session.order)
-        count = len(self.sites)
-        client = make_client_app(lambda context: self.sites[int(context.node_config["index"])])
-        self._grid = InProcessGrid(client, {i + 1: {"index": i} for i in range(count)})
+        self._grid = local_grid(self.bench.config, self.sites)
         hooks = Hooks(log=RoundLog(session.folder / ROUNDS), journal=session.journal)
         settings = strategy_config(self.bench.config, session.facts.run)
         self._strategy = FederatedStrategy(

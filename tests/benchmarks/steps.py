@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlr.adapters.forward import use_kernel
 from fedlr.adapters.inject import inject
 from fedlr.adapters.surgery import AdaptedModel
 from fedlr.data.batching import Batch, TokenisedDataset, UnitIndex
+from fedlr.kernels.dispatch import Call, lora_linear
 from fedlr.methods.method import PartKey, Role
 from fedlr.privacy.dpsgd import Mechanism, clip_groups
 from fedlr.privacy.noise import secret_stream
@@ -105,6 +107,8 @@ class PrivateSteps:
         self, shape: Shape, gradients: str = "captured", clip_norm: float = 1.0, sigma: float = 1.0
     ) -> None:
         encoder, sites = inject(load_base("embedded").encoder, MODULES, None, RANK, float(RANK))
+        if gradients == "captured":  # as `fedlr.build.adapt` does for a run
+            use_kernel(encoder, sites, lora_linear(Call(CPU)))
         adapted = AdaptedModel(encoder, sites, {})
         settings = LocalSettings("sgd", RATE, RATE, 0.0, STEPS, shape.rows, gradients)
         classifier = Classifier(encoder, head())

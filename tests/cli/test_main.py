@@ -160,7 +160,7 @@ def test_a_run_that_completes_no_round_fails(
     def broken(*_: object) -> None:
         raise RuntimeError("row 17 says something")
 
-    monkeypatch.setattr("client.site.Site._run", broken)
+    monkeypatch.setattr("client.site.Site._complete", broken)
     assert main(["simulate", "debug=tiny"]) == 7
     found = capfd.readouterr()
     assert "no round was completed" in found.err

@@ -11,7 +11,7 @@ import pytest
 
 from fedlr.cli.main import main
 from fedlr.cli.overrides import spread
-from fedlr.privacy import accounting
+from fedlr.privacy import accounting, composition
 from fedlr.privacy.events import Release
 from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report import strict_json
@@ -144,7 +144,7 @@ def test_a_run_stops_where_its_policies_were_planned_to_stop_it(
     bound = (free.path[1].maximum + free.path[2].maximum) / 2
     own = (
         'ledger = "ward.sqlite"\nsource_id = "ward"\n'
-        f"[budget]\nepsilon_total = 99.0\nepsilon_per_run = {bound!r}\n"
+        f"[budget]\ndelta = 0.01\nepsilon_total = 99.0\nepsilon_per_run = {bound!r}\n"
     )
     given = policies(tmp_path / "p", client_000=own, client_001="[budget]\nmax_joins = 1\n")
     SqliteLedger(tmp_path / "p" / "ward.sqlite", "ward").close()
@@ -174,7 +174,7 @@ def test_a_run_stops_where_its_policies_were_planned_to_stop_it(
     assert f"policy.epsilon_per_run = {bound:g}" in table
 
 
-OWN = 'ledger = "ward.sqlite"\nsource_id = "ward"\n[budget]\nepsilon_total = 9.0\n'
+OWN = 'ledger = "ward.sqlite"\nsource_id = "ward"\n[budget]\nepsilon_total = 9.0\ndelta = 0.01\n'
 
 
 def test_a_ledger_that_a_policy_names_need_not_be_there_yet(
@@ -190,7 +190,7 @@ def test_a_ledger_that_a_policy_names_need_not_be_there_yet(
 def test_policies_that_do_not_fit_are_named_at_once_before_noise_is_calibrated(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    other = 'ledger = "other.sqlite"\nsource_id = "ward"\n[budget]\nepsilon_total = 9.0\n'
+    other = 'ledger = "other.sqlite"\nsource_id = "ward"\n[budget]\nepsilon_total = 9.0\ndelta = 0.01\n'
     given = policies(
         tmp_path / "p",
         client_000='declared_size = 999\nunit = "user"\n',
@@ -256,7 +256,7 @@ def test_where_prv_fails_the_plan_says_whose_bound_it_is(
     def diverged(*_: object) -> float:
         raise RuntimeError("diverged")
 
-    monkeypatch.setattr(accounting, "_composed", diverged)
+    monkeypatch.setattr(composition, "upper_epsilon", diverged)
     words = ("--sizes", "777", "federation.rounds=2", "privacy.epsilon=2.5")
     found = planned(capfd, *words)
     accounting._cached.cache_clear()

@@ -143,6 +143,10 @@ def test_every_field_with_a_range_is_in_the_tables(monkeypatch: pytest.MonkeyPat
 
 CONTRADICTIONS: list[tuple[tuple[tuple[str, Any], ...], str]] = [
     ((("federation.clients_per_round", 7),), "federation.clients_per_round = 7"),
+    (
+        (("kernels.implementation", "triton"), ("kernels.gradients", "opacus")),
+        "kernels.implementation = triton but kernels.gradients = opacus",
+    ),
     ((("federation.min_clients", 7),), "federation.min_clients = 7"),
     ((("federation.average_rounds", 9),), "federation.average_rounds = 9"),
     ((("federation.address", "head:6379"),), "federation.address = 'head:6379' but"),

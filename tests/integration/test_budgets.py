@@ -58,7 +58,8 @@ def test_budgets_that_end_at_different_rounds(
         spent = booked(run, client.client)
         assert client.epsilon == epsilon(spent, delta, "rdp") <= cost[index + 1] * (1 + 1e-9)
         code = "run_budget" if index == 1 else "budget"
-        text = f"client-{index:03d} took part in {index + 1} rounds and stopped before round"
+        rounds = "1 round" if index == 0 else f"{index + 1} rounds"
+        text = f"client-{index:03d} took part in {rounds} and stopped before round"
         (notice,) = (line for line in summary.notices if line.startswith(text))
         assert notice.endswith(f"round {index + 2}: {notice.split(': ')[1]}")
         assert f"({code})" in notice

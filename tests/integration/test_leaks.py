@@ -61,7 +61,7 @@ def test_nothing_of_a_row_leaves(
         def fail(*_: Any) -> None:
             raise RuntimeError(f"cannot train on {PLANTED} {STRANGER}")
 
-        monkeypatch.setattr("client.site.Site._run", fail)
+        monkeypatch.setattr("client.site.Site._complete", fail)
     words = [
         *("model=encoder", f"model.name={model}", f"model.max_length={LONGEST}"),
         *("data=file", f"data.path={tmp_path / 'data'}", "data.label_names=[no,yes]"),

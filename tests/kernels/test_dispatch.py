@@ -12,6 +12,7 @@ from fedlr.errors import ConfigError
 from fedlr.kernels import dispatch
 from fedlr.kernels.clipped_sum import naive as naive_sum
 from fedlr.kernels.dispatch import Call, choose, explain
+from fedlr.kernels.lora_linear import merged
 from fedlr.kernels.lora_linear import naive as naive_linear
 from tests.kernels.execution import Machine
 
@@ -32,17 +33,21 @@ def fine_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.parametrize("kernel", dispatch.KERNELS)
 @pytest.mark.parametrize("interpret", ["", "1"])
-def test_auto_on_the_cpu_is_the_twin(
+def test_auto_on_the_cpu_never_interprets(
     monkeypatch: pytest.MonkeyPatch, kernel: str, interpret: str
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
-    assert choose(kernel, CPU).implementation == "naive"
+    expected = {"clipped_sum": "naive", "lora_linear": "merged"}[kernel]
+    assert choose(kernel, CPU).implementation == expected
+    assert choose(kernel, CPU, "naive").implementation == "naive"
+    assert choose(kernel, Call(CPU.device, torch.bfloat16)).implementation == "naive"
 
 
 def test_the_twin_is_handed_out() -> None:
     for override in ("auto", "naive"):
         assert dispatch.clipped_sum(CPU, override) is naive_sum
-        assert dispatch.lora_linear(CPU, override) is naive_linear
+    assert dispatch.lora_linear(CPU, "naive") is naive_linear
+    assert dispatch.lora_linear(CPU) is merged
 
 
 @pytest.mark.parametrize("kernel", dispatch.KERNELS)
@@ -105,7 +110,7 @@ def test_an_obstacle_is_told_and_insisting_is_an_error(
     arrange, call = OBSTACLES[reason]
     arrange(fine_gpu)
     declined = choose("lora_linear", call)
-    assert declined.implementation == "naive"
+    assert declined.implementation != "triton"
     if call.device.type != "cpu":
         assert reason in declined.reason
     with pytest.raises(ConfigError) as refused:
@@ -131,7 +136,8 @@ def test_unknown_names_are_refused() -> None:
 def test_every_kernel_is_explained() -> None:
     told = explain(CPU.device)
     assert [choice.kernel for choice in told] == list(dispatch.KERNELS)
-    assert all("interpreter for tests" in choice.reason for choice in told)
+    assert "interpreter for tests" in told[0].reason
+    assert "one product" in told[1].reason
 
 
 def test_the_interpreter_is_taken_when_asked_for(machine: Machine) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlr.kernels.clipped_sum.naive import unit_gradients
-from fedlr.kernels.lora_linear import naive
+from fedlr.kernels.lora_linear import merged, naive
 from tests.kernels.execution import Machine, differentiate
 from tests.kernels.parity import Layer, layer
 
@@ -47,6 +47,44 @@ def test_the_twin_is_exact_up_to_rounding(
     found = differentiate(naive.lora_linear, case.cotangent, *case.arguments)
     assert [v.dtype for v in found] == [dtype, torch.float32, dtype, torch.float32]
     case.check(found, CPU)
+
+
+@CASES
+def test_the_merged_product_is_exact_up_to_rounding(
+    lead: tuple[int, ...], sizes: tuple[int, int, int]
+) -> None:
+    case = layer(lead, sizes, torch.float32)
+    found = differentiate(merged.lora_linear, case.cotangent, *case.arguments)
+    case.check(found, CPU)
+
+
+@pytest.mark.parametrize("which", ["x", "weight", "bias", "a", "b"])
+def test_the_merged_product_is_for_float32_and_frozen_weights(which: str) -> None:
+    case = layer((3,), (5, 4, 2), torch.float32)
+    names = ("x", "weight", "bias", "a", "b")
+    arguments = {**dict(zip(names, case.arguments, strict=False)), "bias": torch.ones(4)}
+    half = {**arguments, which: arguments[which].bfloat16()}
+    with pytest.raises(ValueError, match=f"{which} has dtype"):
+        merged.lora_linear(*(half[name] for name in names), 1.0)
+    if which in ("weight", "bias", "a"):
+        trained = {**arguments, which: arguments[which].clone().requires_grad_()}
+        with pytest.raises(ValueError, match=f"{which} requires a gradient"):
+            merged.lora_linear(*(trained[name] for name in names), 1.0)
+
+
+def test_the_merged_product_keeps_no_merged_weight() -> None:
+    case = layer((64,), (48, 40, 2), torch.float32)
+    x, *others = case.arguments
+    kept: list[int] = []
+
+    def keep(value: Tensor) -> Tensor:
+        kept.append(value.data_ptr())
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        merged.lora_linear(x.clone().requires_grad_(), *others)
+    own = {value.data_ptr() for value in others if isinstance(value, Tensor)}
+    assert len(set(kept) - own) <= 2  # z, and s·B
 
 
 @given(

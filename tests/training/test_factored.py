@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from fedlr.adapters.forward import use_kernel
 from fedlr.kernels.clipped_sum import naive as naive_sum
+from fedlr.kernels.lora_linear import merged as merged_linear
 from fedlr.kernels.lora_linear import naive as naive_linear
 from fedlr.methods.method import PartKey, Role
 from fedlr.privacy.factored import Factored, FactoredGradients, dense
 from fedlr.privacy.gradients import AutogradGradients
+from fedlr.training.fused import train_together
 from tests.models import LONGEST, MOVABLE, Tiny, rows, settings, tiny, units_of
 from tests.training.test_local import task
 
@@ -75,17 +78,30 @@ def test_an_empty_batch_has_no_factors() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("gradients", ["captured", "opacus", "autograd"])
+@pytest.mark.parametrize("operation", [naive_linear, merged_linear], ids=["naive", "merged"])
+@pytest.mark.parametrize("gradients", ["captured", "autograd"])
 @pytest.mark.parametrize("roles", [HEAD, ALL], ids=len)
 def test_a_layer_by_one_operation_takes_the_same_step(
-    family: str, gradients: str, roles: frozenset[Role]
+    family: str, operation: Any, gradients: str, roles: frozenset[Role]
 ) -> None:
-    if gradients == "opacus" and roles == HEAD:
-        pytest.skip("Opacus differentiates the module that holds B, which returns another result")
     model = tiny(family)
-    use_kernel(model.adapted.encoder, model.adapted.sites, naive_linear)
+    use_kernel(model.adapted.encoder, model.adapted.sites, operation)
     expected = trained(tiny(family), roles)
     assert_close(trained(model, roles, gradients=gradients), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_privacy_and_in_shared_passes_it_is_the_same_too(family: str) -> None:
+    """Plain gradients need B's from the operation; rows with a B of their own bypass it."""
+    model = tiny(family)
+    use_kernel(model.adapted.encoder, model.adapted.sites, merged_linear)
+    plain = replace(task(model, HEAD), mechanism=None)
+    expected = tiny(family).trainer(DATA, steps=2).train(plain, UNITS)
+    assert_close(model.trainer(DATA, steps=2).train(plain, UNITS), expected)
+    model.adapted.write(tiny(family).parts())
+    trainer = model.trainer(DATA, steps=2)
+    together = train_together(trainer, [task(model, HEAD), task(model, HEAD)], [UNITS, UNITS])
+    assert_close(together[0], trained(tiny(family), HEAD))
 
 
 def test_the_operation_is_used_and_leaves_no_trace() -> None:
