@@ -1,4 +1,4 @@
-"""The forward pass of adapted layers by one kernel instead of PEFT's three products."""
+"""The forward pass of adapted layers by one operation instead of PEFT's three products."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from fedlr.lowrank.factors import AdapterSite
 
 from .inject import ADAPTER
 
+Operation = Callable[..., tuple[Tensor, Tensor]]
+"""(x, W, bias, A, B, s) → (y, z), see `fedlr.kernels.lora_linear`."""
+
 
 def use_kernel(encoder: nn.Module, sites: Sequence[AdapterSite], kernel: LoraLinear) -> None:
     """Make the adapted layers of ``encoder`` compute x·Wᵀ + s·(x·Aᵀ)·Bᵀ by ``kernel``, in place.
@@ -20,27 +23,30 @@ def use_kernel(encoder: nn.Module, sites: Sequence[AdapterSite], kernel: LoraLin
     Args:
         encoder: What `fedlr.adapters.inject.inject` returned.
         sites: Its sites.
-        kernel: See `fedlr.kernels.lora_linear`. While A trains, or B is one of each row's
-            own (`fedlr.training.fused`), PEFT's products are taken.
+        kernel: See `fedlr.kernels.lora_linear`.
 
     Guarantees:
         The module that holds B is called as before, with s·x·Aᵀ, and returns the layer's
-        output: its hooks see the z and the δ whose product is the gradient of B.
+        output: its hooks see the z and the δ whose product is the gradient of B. PEFT's
+        own products are taken while A trains, while each row has a B of its own
+        (`fedlr.training.fused`), and where another adapter, or none, is active.
     """
     for site in sites:
         layer: Any = encoder.get_submodule(f"base_model.model.{site.name}")
-        layer.forward = partial(_forward, layer, layer.forward, site.scaling, kernel)
+        layer.forward = partial(_forward, layer, layer.forward, site.scaling, kernel.lora_linear)
 
 
 def _forward(
-    layer: Any, ordinary: Callable[..., Tensor], scaling: float, kernel: LoraLinear, x: Tensor
+    layer: Any, ordinary: Callable[..., Tensor], scaling: float, operation: Operation, x: Tensor
 ) -> Tensor:
-    base, a, b = layer.get_base_layer(), layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    if a.weight.requires_grad or "forward" in vars(b):  # B differs from row to row
+    a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    ours = layer.active_adapters == [ADAPTER] and not (layer.disable_adapters or layer.merged)
+    if not ours or a.weight.requires_grad or "forward" in vars(b):
         return ordinary(x)
+    base = layer.get_base_layer()
     # A hooked B is differentiated unit by unit, from what its hooks see.
     weight = b.weight.detach() if b._forward_hooks else b.weight
-    y, z = kernel.lora_linear(x, base.weight, base.bias, a.weight, weight, scaling)
+    y, z = operation(x, base.weight, base.bias, a.weight, weight, scaling)
     vars(b)["forward"] = lambda _: y
     try:
         output: Tensor = b(z * scaling)

@@ -190,7 +190,7 @@ def test_a_ledger_that_a_policy_names_need_not_be_there_yet(
 def test_policies_that_do_not_fit_are_named_at_once_before_noise_is_calibrated(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    other = 'ledger = "other.sqlite"\nsource_id = "ward"\n[budget]\nepsilon_total = 9.0\ndelta = 0.01\n'
+    other = OWN.replace("ward.sqlite", "other.sqlite")
     given = policies(
         tmp_path / "p",
         client_000='declared_size = 999\nunit = "user"\n',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -125,3 +126,22 @@ def test_the_operation_is_used_and_leaves_no_trace() -> None:
 def test_only_captured_gradients_have_factors() -> None:
     with pytest.raises(ValueError, match="kernel needs gradients = 'captured'"):
         settings(kernel=naive_sum, gradients="opacus")
+
+
+def test_another_adapter_of_the_model_is_not_computed_with_ours() -> None:
+    """A copy that loads a saved adapter, as the doctor's round trip does, or disables ours."""
+    model: Any = tiny()
+    batch = DATA.batch(UNITS.rows)
+    use_kernel(model.adapted.encoder, model.adapted.sites, merged_linear)
+    other = copy.deepcopy(model.classifier)
+    assert torch.equal(other(batch), model.classifier(batch))
+    with other.encoder.disable_adapter():
+        off = other(batch)
+    zero = tiny()
+    zero.adapted.write(
+        {key: value * 0 for key, value in zero.parts().items() if key.role is Role.B}
+    )
+    assert torch.allclose(off, zero.classifier(batch), atol=1e-6)
+    assert not torch.allclose(off, other(batch), atol=1e-3)
+    model.adapted.write({key: value * 0 for key, value in model.parts().items()})
+    assert not torch.allclose(other(batch), model.classifier(batch), atol=1e-3)
