@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -212,8 +212,10 @@ class Database:
         self._connection, self._counted = None, False
 
     def __del__(self) -> None:
-        with suppress(AttributeError):  # where the interpreter ends, modules are gone already
+        try:
             self._let_go()
+        except (AttributeError, TypeError):
+            return  # the interpreter ends: what is called is None already
 
 
 def meta(connection: sqlite3.Connection, name: str) -> str:

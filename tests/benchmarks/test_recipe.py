@@ -35,12 +35,23 @@ NOTE = (
 )
 
 
+SST2 = Path(__file__).parents[3] / "shared" / "data" / "sst2"
+
+JOBS = {
+    "default": (),
+    "SST-2": ("data=file", f"data.path={SST2}", "data.public=true", "data.max_examples=6000"),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize(
     ("adapter", "goal"), [("query_value", at_least(5)), ("top_layers", at_least(10))]
 )
-def test_round(report: Report, tmp_path: Path, adapter: str, goal: Goal) -> None:
+def test_round(report: Report, tmp_path: Path, job: str, adapter: str, goal: Goal) -> None:
     """Query and value of every layer; the default's two top layers with a warm prefix cache."""
-    bench = workbench(f"adapter={adapter}", f"optimizer.steps={STEPS}")
+    if job == "SST-2" and not SST2.is_dir():
+        pytest.skip("the SST-2 data are not beside the checkout")
+    bench = workbench(*JOBS[job], f"adapter={adapter}", f"optimizer.steps={STEPS}")
     ours = LocalRounds(bench, tmp_path / "private")
     twin = LocalRounds(dry(bench), tmp_path / "dry")
     clients = range(len(bench.clients))
@@ -49,7 +60,7 @@ def test_round(report: Report, tmp_path: Path, adapter: str, goal: Goal) -> None
     theirs.start(twin.at.state.parts, dropout=False)
     assert twin() == len(bench.clients)
     figure = apart(theirs(), twin.products())
-    setting = f"round, {adapter}"
+    setting = f"round, {job}, {adapter}"
     gate = report.parity(setting, figure, SAME, "s·BA, relative; σ = 0, dropout off")
 
     # Both have just been warmed up by their twins.
