@@ -100,7 +100,9 @@ def restore(config: RunConfig, facts: RunFacts, head: Mapping[str, Tensor]) -> R
     base = load_base(model.name, model.revision, model.sha256, seed, model.precision)
     _check_same(config, facts, base)
     module = _head(model.head, head)
-    encoder, sites = adapt(config, base)
+    # It is used merged, on whatever machine this is: no kernel runs.
+    plain = replace(config.kernels, implementation="naive", checkpointing=False)
+    encoder, sites = adapt(replace(config, kernels=plain), base)
     movable = dict(module.named_parameters()) if model.head.trained else {}
     adapted = AdaptedModel(encoder, sites, {f"head.{name}": v for name, v in movable.items()})
     return RunModel(config, base, adapted, module, facts.label_names)

@@ -26,8 +26,9 @@ def use_kernel(encoder: nn.Module, sites: Sequence[AdapterSite], kernel: LoraLin
         kernel: See `fedlr.kernels.lora_linear`.
 
     Guarantees:
-        The module that holds B is called as before, with s·x·Aᵀ, and returns the layer's
-        output: its hooks see the z and the δ whose product is the gradient of B. PEFT's
+        The module that holds B is called with s·x·Aᵀ and returns the layer's output: its
+        hooks see the z and the δ whose product is the gradient of B. A hook there means
+        that gradients are captured, and B itself gets none. PEFT's
         own products are taken while A trains, while each row has a B of its own
         (`fedlr.training.fused`), and where another adapter, or none, is active.
     """

@@ -54,12 +54,13 @@ def matching_layers(
     wanted = None
     if layers is not None:
         wanted = {index + depth if index < 0 else index for index in layers}
-        problems += [
-            f"adapter.layers: {index} is outside [{-depth}, {depth - 1}], the model has {depth} "
-            "layers"
-            for index in layers
-            if not -depth <= index < depth
-        ]
+        outside = [str(index) for index in layers if not -depth <= index < depth]
+        if outside:
+            verb = "is" if len(outside) == 1 else "are"
+            problems.append(
+                f"adapter.layers: {', '.join(outside)} {verb} outside [{-depth}, {depth - 1}], the "
+                f"model has {depth} layers; at most top:{depth}"
+            )
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in candidates})
     for suffix in modules:
         if not any(_ends_with(name, suffix) for name in candidates):

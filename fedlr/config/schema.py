@@ -285,7 +285,8 @@ class KernelsConfig:
         device: ``auto`` (CUDA when present), ``cpu`` or ``cuda``.
         fused_clients: Clients of the engine ``local`` that share a pass through the model;
             1 trains one after the other; null takes as many expected batches as fill a
-            physical one.
+            physical one. Needs ``gradients=captured``, torch's sums and a float32 base;
+            otherwise clients train one after the other.
         prefix_cache_mb: Megabytes for the hidden states of the frozen layers below
             the first adapter, which are then computed once; 0 keeps none. Bounds
             the training and the validation rows separately, so twice it in all.

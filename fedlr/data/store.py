@@ -37,10 +37,10 @@ from fedlr.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files, part of every key: a new one leaves the old files unread."""
 
-_DRAFT = ".draft-"
+_DRAFT = ".fedlr-draft-"
 _ABANDONED_S = 3600.0
 _DIGEST_BYTES = 32
 _READ_BYTES = 1 << 22
@@ -70,7 +70,7 @@ class Store:
         Raises:
             ConfigError: It cannot be made, is no folder, or is open to others.
         """
-        folder = Path(place).expanduser()
+        folder = Path(place).expanduser().resolve()
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -278,9 +278,12 @@ def _description(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
     rules: dict[str, Any] = json.loads(backend.to_str())
     rules |= {"truncation": None, "padding": None}
-    names = ("pad_token_id", "eos_token_id", "truncation_side", "model_input_names")
+    names = (
+        *("pad_token_id", "eos_token_id", "truncation_side", "model_input_names"),
+        "split_special_tokens",
+    )
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers")]
-    own = [type(tokenizer).__name__, *(getattr(tokenizer, name) for name in names)]
+    own = [type(tokenizer).__name__, *(getattr(tokenizer, name, None) for name in names)]
     return json.dumps([rules, own, versions], sort_keys=True)
 
 

@@ -15,6 +15,8 @@ def in_use(config: RunConfig) -> Result:
         ConfigError: What is asked for cannot run here.
     """
     call, wanted = kernel_call(config), config.kernels.implementation
+    if config.kernels.gradients != "captured":
+        return Result(True, f"naive: kernels.gradients = {config.kernels.gradients} uses none")
     choices = [choose(kernel, call, wanted) for kernel in KERNELS]
     told = [f"{choice.kernel}: {choice.implementation}, {choice.reason}" for choice in choices]
     if len({(choice.implementation, choice.reason) for choice in choices}) == 1:

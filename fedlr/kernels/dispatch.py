@@ -191,7 +191,10 @@ def _interpreter_obstacle(call: Call, insisted: bool) -> str | None:
     if not insisted:
         return "the device is the CPU, where Triton only has an interpreter for tests"
     if not _interpreter_wanted():
-        return "the device is the CPU and TRITON_INTERPRET=1 is not set"
+        return (
+            "the device is the CPU, and the kernels need an NVIDIA GPU (for tests, "
+            "TRITON_INTERPRET=1 is not set)"
+        )
     if call.dtype is torch.bfloat16:
         return "triton's interpreter computes wrongly in bfloat16"
     if not importlib.import_module("fedlr.kernels.clipped_sum.triton").INTERPRETED:

@@ -338,6 +338,8 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     for token, index in sorted(tokenizer.get_vocab().items()):
         digest.update(f"{token}\x00{index}\x00".encode())
     digest.update(repr(sorted(map(str, tokenizer.all_special_tokens))).encode())
+    if getattr(tokenizer, "split_special_tokens", False):
+        digest.update(b"split_special_tokens")
     return digest.hexdigest()
 
 

@@ -13,7 +13,7 @@ as in any physical batch (`fedlr.training.local` bounds what that can amount to)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -196,22 +196,32 @@ class RowWise:
             stacked: Per trained array those of all clients, shape (clients, *shape).
             owner: Client of each row of the batch, shape (N,), int64.
         """
-        before: list[object] = []
-        for layer, weight, bias in self._layers:
-            weights = layer.weight[None] if weight is None else stacked[weight][owner]
-            biases = layer.bias if bias is None else stacked[bias][owner].unsqueeze(1)
-            forward = partial(_row_linear, weights.requires_grad_(), biases)
-            # The module stays: its hooks are how gradients are captured.
-            before.append(vars(layer).get("forward"))
-            vars(layer)["forward"] = forward
+        # The modules stay: their hooks are how gradients are captured. All is made before
+        # anything is replaced, so that a lack of memory leaves the model as it was.
+        forwards = [self._own(*entry, stacked, owner) for entry in self._layers]
+        layers = [vars(layer) for layer, _, _ in self._layers]
+        before = [layer.get("forward") for layer in layers]
         try:
+            for layer, forward in zip(layers, forwards, strict=True):
+                layer["forward"] = forward
             yield
         finally:
-            for (layer, _, _), forward_before in zip(self._layers, before, strict=True):
-                if forward_before is None:
-                    del vars(layer)["forward"]
-                else:
-                    vars(layer)["forward"] = forward_before
+            for layer, forward_before in zip(layers, before, strict=True):
+                layer.pop("forward", None)
+                if forward_before is not None:
+                    layer["forward"] = forward_before
+
+    def _own(
+        self,
+        layer: nn.Linear,
+        weight: PartKey | None,
+        bias: PartKey | None,
+        stacked: Mapping[PartKey, Tensor],
+        owner: Tensor,
+    ) -> Callable[[Tensor], Tensor]:
+        weights = layer.weight[None] if weight is None else stacked[weight][owner]
+        biases = layer.bias if bias is None else stacked[bias][owner].unsqueeze(1)
+        return partial(_row_linear, weights.requires_grad_(), biases)
 
 
 def _row_linear(weights: Tensor, biases: Tensor | None, inputs: Tensor) -> Tensor:

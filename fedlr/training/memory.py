@@ -52,8 +52,9 @@ def rows_that_fit(
         say: Told what was found.
 
     Guarantees:
-        No function of private data: rows, lengths and units are made up. It depends on
-        the machine's free memory; results do not depend on it beyond rounding.
+        Rows, lengths and units are made up. It depends on the machine's free memory, and so
+        on what the process holds, the site's rows included; nothing that is released
+        depends on it beyond rounding.
 
     Raises:
         RuntimeError: What is not a lack of memory, as torch raises it.

@@ -29,7 +29,6 @@ from fedlr.privacy.gradients import LossOfRows, UnitGradients
 Precision = Literal["float32", "bfloat16"]
 
 _SHORTEST = 8
-_CHECKED_TOKENS = 16
 
 
 def cast_base(encoder: nn.Module, precision: str) -> None:
@@ -144,8 +143,9 @@ class OwnShapeGradients:
 def check_same_bits(encoder: nn.Module, vocabulary: int, size: int, longest: int) -> None:
     """Refuse an encoder whose result for a row depends on companions or place in one shape.
 
-    Compares one made-up row, first among whole rows and last among short ones, by the
-    hidden states and by the gradient at the token embeddings.
+    Compares, in every shape that a pass can have, one made-up row, first among whole rows
+    and last among short ones, by the hidden states and by the gradient at the token
+    embeddings.
 
     Args:
         encoder: On its device, in the dtype that trains; is left as it was.
@@ -156,7 +156,11 @@ def check_same_bits(encoder: nn.Module, vocabulary: int, size: int, longest: int
     Raises:
         ModelError: A single bit differs.
     """
-    tokens = min(longest, _CHECKED_TOKENS)
+    for tokens in np.unique(own_width(np.arange(1, longest + 1), longest)).tolist():
+        _check_width(encoder, vocabulary, size, tokens)
+
+
+def _check_width(encoder: nn.Module, vocabulary: int, size: int, tokens: int) -> None:
     ids = (torch.arange((2 * size + 1) * tokens).reshape(-1, tokens) * 7 + 11) % vocabulary
     row, first, second, last = ids[:1], ids[1:size], ids[size + 1 : 2 * size], ids[-1:]
     whole = torch.ones(size + 1, tokens, dtype=torch.int64)
@@ -169,8 +173,9 @@ def check_same_bits(encoder: nn.Module, vocabulary: int, size: int, longest: int
         device = next(encoder.parameters()).device
         dtype = str(next(encoder.parameters()).dtype).removeprefix("torch.")
         raise ModelError(
-            f"model.precision = {dtype}: on {device.type} this model computes a row in other bits "
-            "beside other rows, which no clipping bounds; set model.precision=float32"
+            f"model.precision = {dtype}: on {device.type} this model computes a row of {tokens} "
+            "tokens in other bits beside other rows, which no clipping bounds; set "
+            "model.precision=float32"
         )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -175,7 +176,10 @@ class PrefixCache:
             return None
         device = next(encoder.parameters()).device
         shape = self.own_shapes and (self.own_shapes, self.size)
-        made = f"{device.type} {sorted(map(str, _dtypes(prefix)))} {shape}"
+        settings: Any = encoder.config
+        versions = (torch.__version__, version("transformers"))
+        made = f"{device.type} {sorted(map(str, _dtypes(prefix)))} {shape} {versions}"
+        made += settings.to_json_string()  # what the weights alone do not tell
         key = states_key(data, self.base_sha256, prefix.depth, made)
         rows = len(data.tokens)
         found = self.store.read_states(key, rows, width)

@@ -249,7 +249,7 @@ def test_a_folder_that_is_deleted_meanwhile_takes_nothing_with_it(tmp_path: Path
 
 def test_drafts_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    old, new = (store.folder / f".draft-{name}" for name in ("old", "new"))
+    old, new = (store.folder / f".fedlr-draft-{name}" for name in ("old", "new"))
     for path in (old, new):
         path.write_text("tokens")
     hours = time.time() - 7200
@@ -298,3 +298,11 @@ def test_the_key_of_states_tells_what_they_are_of(tmp_path: Path) -> None:
     assert len(keys) == 5
     mapped = tokenise_once(word_tokenizer(), rows(), 9, opened(tmp_path))
     assert states_key(mapped, "base", 1, "cpu") in keys
+
+
+def test_tokenizers_that_split_special_tokens_or_not_do_not_share_a_file(tmp_path: Path) -> None:
+    """The flag is no part of the tokenizer's own rules."""
+    tokenizer: Any = word_tokenizer()
+    about = module._description(tokenizer)
+    tokenizer.split_special_tokens = not getattr(tokenizer, "split_special_tokens", False)
+    assert module._description(tokenizer) != about

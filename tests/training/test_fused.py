@@ -13,7 +13,7 @@ from fedlr.data.batching import UnitIndex
 from fedlr.methods.method import PartKey, Role
 from fedlr.privacy.dpsgd import Mechanism, clip_groups
 from fedlr.privacy.noise import public_stream, secret_stream
-from fedlr.training.fused import can_fuse, train_together
+from fedlr.training.fused import RowWise, can_fuse, train_together
 from fedlr.training.local import LocalTask
 from tests.models import LONGEST, MOVABLE, Tiny, rows, tiny, units_of
 
@@ -176,3 +176,17 @@ def test_a_task_that_does_not_fit_is_refused_as_alone() -> None:
     noisy = replace(first, mechanism=replace(first.mechanism, noise_multiplier=1.0))
     with pytest.raises(ValueError, match="public stream"):
         train_together(model.trainer(DATA), [noisy, *others], UNITS)
+
+
+def test_what_fails_while_rows_get_their_arrays_leaves_the_model_as_it_was() -> None:
+    model = tiny()
+    shared = model.adapted.select_trained(B)
+    stacked = {key: torch.stack([value.detach()] * 2) for key, value in shared.items()}
+    last = max(stacked)
+    rowwise, owner = RowWise(model.classifier, shared), torch.zeros(3, dtype=torch.int64)
+    with (
+        pytest.raises(IndexError),
+        rowwise.each_its_own({**stacked, last: stacked[last][:0]}, owner),
+    ):
+        pass
+    assert not any("forward" in vars(module) for module in model.classifier.modules())
