@@ -69,14 +69,10 @@ def refactorise(factors: Factors) -> Factors:
     basis_b, triangle_b = torch.linalg.qr(b)  # (..., m, r), (..., r, r)
     basis_a, triangle_a = torch.linalg.qr(a.mT)  # (..., n, r), (..., r, r)
     left, sigma, right = torch.linalg.svd(triangle_b @ triangle_a.mT)
-    new_a = right @ basis_a.mT  # (..., r, n)
-    sign = _sign_of_largest(new_a)  # (..., r)
-    new_b = basis_b @ (left * (sigma * sign).unsqueeze(-2))
-    return replace(
-        factors,
-        b=new_b.to(factors.b.dtype),
-        a=(new_a * sign.unsqueeze(-1)).to(factors.a.dtype),
-    )
+    new_a = (right @ basis_a.mT).to(factors.a.dtype)  # (..., r, n)
+    new_b = (basis_b @ (left * sigma.unsqueeze(-2))).to(factors.b.dtype)
+    sign = _sign_of_largest(new_a)  # (..., r); a product with ±1 is exact
+    return replace(factors, b=new_b * sign.unsqueeze(-2), a=new_a * sign.unsqueeze(-1))
 
 
 def refactorise_many(pairs: Mapping[str, Factors]) -> dict[str, Factors]:
