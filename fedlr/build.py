@@ -162,9 +162,7 @@ def build(
         base=base,
         adapted=adapted,
         head=head,
-        layout=Layout(
-            sites, {name: value.detach().cpu().clone() for name, value in adapted.head.items()}
-        ),
+        layout=layout_of(adapted),
         method=build_method(config.method.name, SUBSPACES[config.subspace.kind]),
         trainer=LocalTrainer(classifier, adapted, training, settings, device),
         evaluator=Evaluator(classifier, adapted, validation, settings.physical_batch, device),
@@ -174,6 +172,12 @@ def build(
         majority=float(np.bincount(data.validation.labels).max() / len(data.validation)),
         notices=(*data.notices, *_precision_notices(config)),
     )
+
+
+def layout_of(adapted: AdaptedModel) -> Layout:
+    """Return what a federation adapts: the sites, and the head as it is now."""
+    head = {name: value.detach().cpu().clone() for name, value in adapted.head.items()}
+    return Layout(adapted.sites, head)
 
 
 def adapt(config: RunConfig, base: BaseModel) -> tuple[nn.Module, tuple[AdapterSite, ...]]:

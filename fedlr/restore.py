@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedlr.adapters import export
 from fedlr.adapters.surgery import AdaptedModel
-from fedlr.build import Workbench, adapt, provenance
+from fedlr.build import Workbench, adapt, layout_of, provenance
 from fedlr.config import HeadConfig, RunConfig
 from fedlr.data.batching import physical_batches, tokenise
 from fedlr.data.dataset import TextDataset
@@ -61,8 +61,7 @@ class RunModel:
     @property
     def layout(self) -> Layout:
         """What the run adapts."""
-        head = {name: value.detach().cpu().clone() for name, value in self.adapted.head.items()}
-        return Layout(self.adapted.sites, head)
+        return layout_of(self.adapted)
 
     def trained(self, parts: Parts) -> export.Trained:
         """Return the model with ``parts`` in it, as it is written and used."""

@@ -66,17 +66,8 @@ class CapturedGradients:
 
     def __init__(self, model: nn.Module, trained: Trained) -> None:
         self._trained = dict(trained)
-        keys = {id(parameter): key for key, parameter in self._trained.items()}
-        self._layers: list[tuple[nn.Linear, PartKey | None, PartKey | None]] = []
-        owned: set[PartKey] = set()
-        for module in model.modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            owners = {name: id(value) for name, value in module.named_parameters(recurse=False)}
-            weight, bias = (keys.get(owners.get(name, -1)) for name in ("weight", "bias"))
-            if weight is not None or bias is not None:
-                self._layers.append((module, weight, bias))
-                owned |= {key for key in (weight, bias) if key is not None}
+        self._layers = owning_layers(model, trained)
+        owned = {key for _, *keys in self._layers for key in keys}
         if missing := sorted(set(self._trained) - owned):
             raise ModelError(
                 f"{missing[0].site}/{missing[0].role.value} is not the weight of a linear layer; "
@@ -167,6 +158,22 @@ class _Tap(torch.autograd.Function):
         (z,), (delta,) = ctx.saved_tensors, deltas
         ctx.take(z, delta)
         return delta, None, None, None
+
+
+def owning_layers(
+    model: nn.Module, trained: Trained
+) -> list[tuple[nn.Linear, PartKey | None, PartKey | None]]:
+    """Return the linear layers that own trained arrays, each with its weight's and bias' key."""
+    keys = {id(parameter): key for key, parameter in trained.items()}
+    found = []
+    for module in model.modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        owners = {name: id(value) for name, value in module.named_parameters(recurse=False)}
+        weight, bias = (keys.get(owners.get(name, -1)) for name in ("weight", "bias"))
+        if weight is not None or bias is not None:
+            found.append((module, weight, bias))
+    return found
 
 
 class OpacusGradients:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fedlr.data.batching import Integers, UnitIndex
 from fedlr.methods.method import PartKey
 from fedlr.privacy.dpsgd import ClippedSum, Mechanism, private_gradient
-from fedlr.privacy.gradients import CapturedGradients
+from fedlr.privacy.gradients import CapturedGradients, owning_layers
 
 from .local import LocalTask, LocalTrainer, draw_rows
 
@@ -179,14 +179,7 @@ class RowWise:
     """
 
     def __init__(self, model: nn.Module, trained: Mapping[PartKey, nn.Parameter]) -> None:
-        keys = {id(parameter): key for key, parameter in trained.items()}
-        self._layers: list[tuple[nn.Linear, PartKey | None, PartKey | None]] = []
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                weight = keys.get(id(module.weight))
-                bias = None if module.bias is None else keys.get(id(module.bias))
-                if weight is not None or bias is not None:
-                    self._layers.append((module, weight, bias))
+        self._layers = owning_layers(model, trained)
 
     @contextmanager
     def each_its_own(self, stacked: Mapping[PartKey, Tensor], owner: Tensor) -> Iterator[None]:
