@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from fedlr.errors import RunError
 from fedlr.methods.method import GlobalState, Layout, PartKey, Parts, Role
 from fedlr.report import strict_json
-from fedlr.report.records import read_rounds, write_atomically
+from fedlr.report.records import ROUNDS_FILE, read_rounds, write_atomically
 from server.outcome import Checkpoint
 
 JOURNAL, CHECKPOINT, SENDING, HEAD = (
@@ -29,8 +29,9 @@ JOURNAL, CHECKPOINT, SENDING, HEAD = (
     "sending.json",
     "head.safetensors",
 )
-ROUNDS = "rounds.jsonl"
 _SCHEMA = "fedlr.journal.1"
+_LOCK_S = 0.5
+"""A report that looks whether a run is going on holds the lock for less."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class FileJournal:
         try:
             self._place.mkdir(exist_ok=True)
             self._lock = FileLock(self._place / "lock", thread_local=False)
-            self._lock.acquire(blocking=False)
+            self._lock.acquire(timeout=_LOCK_S)
         except Timeout as error:
             raise RunError(
                 f"the run in {str(folder)!r} is being continued by another process; wait for it"
@@ -134,7 +135,7 @@ def read_checkpoint(folder: Path, layout: Layout) -> Checkpoint | None:
         RunError: The file is damaged or gone, or a record of its rounds is missing.
     """
     path = folder / JOURNAL / CHECKPOINT
-    records = read_rounds(folder / ROUNDS) if (folder / ROUNDS).exists() else []
+    records = read_rounds(folder / ROUNDS_FILE) if (folder / ROUNDS_FILE).exists() else []
     completed = max((record.round for record in records if record.accepted), default=0)
     if not path.exists():
         # The record of a round is written just before its checkpoint.
@@ -157,8 +158,8 @@ def read_checkpoint(folder: Path, layout: Layout) -> Checkpoint | None:
     kept = tuple(record for record in records if record.round <= done)
     if len(kept) != done or completed > done + 1:
         raise RunError(
-            f"{folder / ROUNDS} tells of {completed} rounds, {path} of {done}; one of them is from "
-            "another time, bring back the newest of both"
+            f"{folder / ROUNDS_FILE} tells of {completed} rounds, {path} of {done}; one of them is "
+            "from another time, bring back the newest of both"
         )
     return Checkpoint(
         state=states[-1],

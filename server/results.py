@@ -16,11 +16,9 @@ from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report.facts import RunFacts
 from fedlr.report.plots import curves
-from fedlr.report.records import ClientSummary, Summary, write_summary
+from fedlr.report.records import SUMMARY_FILE, ClientSummary, Summary, write_summary
 from fedlr.restore import RunModel, save_result
 from server.outcome import Checkpoint, Outcome
-
-SUMMARY = "summary.json"
 
 BOUNDS = {
     "budget": "the round would have exceeded its ε",
@@ -182,4 +180,4 @@ def write_results(workbench: Workbench, outcome: Outcome, summary: Summary, fold
     if summary.rounds:
         save_result(RunModel.of(workbench), outcome.parts, summary, folder / "adapter")
     curves(outcome.records, summary, folder / "curves.png")
-    write_summary(folder / SUMMARY, summary)
+    write_summary(folder / SUMMARY_FILE, summary)

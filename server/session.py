@@ -21,12 +21,12 @@ from fedlr.planning import Say
 from fedlr.report.facts import ClientFacts, RunFacts, check_same, read_facts, write_facts
 from fedlr.report.folder import CONFIG_FILE, create_run_folder, output_folder, write_config
 from fedlr.report.live import LiveProgress
-from fedlr.report.records import RoundLog, Summary, read_summary
+from fedlr.report.records import ROUNDS_FILE, SUMMARY_FILE, RoundLog, Summary, read_summary
 from server import books
 from server.hooks import Hooks
-from server.journal import ROUNDS, FileJournal, write_head
+from server.journal import FileJournal, write_head
 from server.outcome import Checkpoint, Outcome, StrategyConfig
-from server.results import SUMMARY, settle, summarise, write_results
+from server.results import settle, summarise, write_results
 from server.strategy import FederatedStrategy
 
 LEDGERS = "ledgers"
@@ -75,7 +75,7 @@ class Session:
         config = self.config
         hooks = Hooks(
             evaluate=self.workbench.evaluator,
-            log=RoundLog(self.folder / ROUNDS),
+            log=RoundLog(self.folder / ROUNDS_FILE),
             progress=LiveProgress(config.privacy.epsilon if config.privacy.mode == "dp" else None),
             journal=self.journal,
         )
@@ -152,7 +152,7 @@ def finished(folder: Path) -> Summary | None:
     Raises:
         RunError: ``folder`` is no run folder, or a file in it is damaged.
     """
-    config, path = read_config(folder, read_facts(folder)), folder / SUMMARY
+    config, path = read_config(folder, read_facts(folder)), folder / SUMMARY_FILE
     summary = read_summary(path) if path.exists() else None
     done = summary is not None and summary.rounds >= config.federation.rounds
     return summary if done else None

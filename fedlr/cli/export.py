@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fedlr.cli.arguments import Parser
 from fedlr.errors import ConfigError, RunError
 from fedlr.report.facts import read_facts
-from fedlr.report.records import Summary, read_summary
+from fedlr.report.records import SUMMARY_FILE, Summary, read_summary
 
 if TYPE_CHECKING:
     from fedlr.restore import RunModel
@@ -97,12 +97,12 @@ def load_run(folder: Path) -> tuple[RunModel, Checkpoint]:
 
 def _summary(folder: Path, model: RunModel, checkpoint: Checkpoint) -> Summary:
     """Return what the run measured at its last whole round, its ε as the ledgers have it."""
-    from server.results import SUMMARY, settle, so_far, summarise
+    from server.results import settle, so_far, summarise
     from server.session import order_of
 
     facts, outcome = read_facts(folder), so_far(checkpoint)
-    if (folder / SUMMARY).exists():
-        summary = read_summary(folder / SUMMARY)
+    if (folder / SUMMARY_FILE).exists():
+        summary = read_summary(folder / SUMMARY_FILE)
         if summary.rounds == checkpoint.state.round:  # it may be from before a resume
             outcome = replace(outcome, accuracy=summary.accuracy)
     try:

@@ -14,7 +14,7 @@ from fedlr.config import RunConfig
 from fedlr.errors import ConfigError
 from fedlr.report.folder import check_output, output_folder
 from fedlr.report.live import say
-from fedlr.report.records import read_rounds
+from fedlr.report.records import ROUNDS_FILE, read_rounds
 from fedlr.report.tables import show_closing
 
 if TYPE_CHECKING:
@@ -98,13 +98,12 @@ def resume(folder: Path) -> Path:
         FedlrError: As `server.session.resume` and `simulate`.
     """
     from server import session
-    from server.journal import ROUNDS
 
     summary = session.finished(folder)
     if summary is None:
         return _complete(session.resume(folder, say))
     say("the run is finished; nothing is left to do")
-    show_closing(summary, read_rounds(folder / ROUNDS), sys.stdout)
+    show_closing(summary, read_rounds(folder / ROUNDS_FILE), sys.stdout)
     return folder
 
 

@@ -19,6 +19,9 @@ from fedlr import checks
 from fedlr.errors import RunError
 from fedlr.report import strict_json
 
+ROUNDS_FILE, SUMMARY_FILE = "rounds.jsonl", "summary.json"
+"""Their names in a run folder."""
+
 PRIVACY_MODES = ("dp", "dry", "none")
 
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,39}")

@@ -73,7 +73,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "torch": (*MATHEMATICS, "fedlr.cli"),
     "numpy": (*MATHEMATICS, "fedlr.report.plots"),
     "safetensors": (*MATHEMATICS,),
-    "filelock": ("server",),
+    "filelock": ("server", "fedlr.report.sweep"),
     "triton": ("fedlr.kernels.*.triton",),
     "peft": ("fedlr.adapters",),
     "opacus": ("fedlr.privacy",),

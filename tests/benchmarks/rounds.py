@@ -14,10 +14,9 @@ from fedlr.build import Workbench, build
 from fedlr.cli.compose import compose
 from fedlr.cli.simulate import local_grid
 from fedlr.methods.shared import factor_pairs
-from fedlr.report.records import RoundLog
+from fedlr.report.records import ROUNDS_FILE, RoundLog
 from server.environment import quiet_flower
 from server.hooks import Hooks
-from server.journal import ROUNDS
 from server.outcome import Checkpoint
 from server.session import begin, strategy_config
 from server.strategy import FederatedStrategy
@@ -56,7 +55,7 @@ class LocalRounds:
         self._session = session = begin(self.bench)
         self.sites = make_sites(self.bench, session.order)
         self._grid = local_grid(self.bench.config, self.sites)
-        hooks = Hooks(log=RoundLog(session.folder / ROUNDS), journal=session.journal)
+        hooks = Hooks(log=RoundLog(session.folder / ROUNDS_FILE), journal=session.journal)
         settings = strategy_config(self.bench.config, session.facts.run)
         self._strategy = FederatedStrategy(
             settings, bench.method, session.start, bench.provenance, hooks

@@ -12,10 +12,10 @@ import torch
 
 from fedlr.errors import RunError
 from fedlr.methods.method import ClientUpdate, PartKey, Role
-from fedlr.report.records import RoundLog, RoundRecord, read_rounds
+from fedlr.report.records import ROUNDS_FILE, RoundLog, RoundRecord, read_rounds
 from fedlr.training.jobs import Abstention, Job
 from server.hooks import Hooks
-from server.journal import ROUNDS, FileJournal, read_checkpoint, read_head, write_head
+from server.journal import FileJournal, read_checkpoint, read_head, write_head
 from server.outcome import Checkpoint, Outcome
 from server.strategy import FederatedStrategy
 from tests.server.toys import (
@@ -98,7 +98,7 @@ def go_on(folder: Path, name: str, fuse: Fuse, **changes: object) -> Outcome:
         for site in fused:
             site.fuse = fuse
             site.joins = start.joins.get(site.client, 0)
-        hooks = Hooks(evaluate, FusedLog(folder / ROUNDS, fuse), journal=journal)
+        hooks = Hooks(evaluate, FusedLog(folder / ROUNDS_FILE, fuse), journal=journal)
         settings = config(average_rounds=2 if name == "fedsvd" else 1, **changes)
         return FederatedStrategy(settings, method(name), start, PROVENANCE, hooks).run(
             grid_of(fused)
@@ -130,7 +130,7 @@ def test_a_run_that_is_stopped_at_any_moment_goes_on_as_if_it_were_not(
         assert list(resumed.parts) == list(whole.parts)
         assert without_times(resumed) == without_times(whole)
         assert (resumed.joins, resumed.epsilon) == (whole.joins, whole.epsilon)
-        assert tuple(read_rounds(folder / ROUNDS)) == resumed.records
+        assert tuple(read_rounds(folder / ROUNDS_FILE)) == resumed.records
 
 
 def test_a_finished_run_goes_on_to_nothing(tmp_path: Path) -> None:
@@ -191,12 +191,12 @@ def test_a_phase_is_asked_again_under_its_nonces_until_the_round_is_closed(tmp_p
 def test_a_round_that_was_given_up_is_asked_anew_after_a_resume(tmp_path: Path) -> None:
     journal = FileJournal(tmp_path)
     lazy = Wrapped(toy_sites(1)[0], lambda update, job: Abstention(update.client, "failed"))
-    hooks = Hooks(evaluate, RoundLog(tmp_path / ROUNDS), journal=journal)
+    hooks = Hooks(evaluate, RoundLog(tmp_path / ROUNDS_FILE), journal=journal)
     settings = config(clients=1, clients_per_round=1)
     start = Checkpoint(first_state())
     FederatedStrategy(settings, method(), start, PROVENANCE, hooks).run(grid_of([lazy]))
     journal.close()
-    assert [record.accepted for record in read_rounds(tmp_path / ROUNDS)] == [0]
+    assert [record.accepted for record in read_rounds(tmp_path / ROUNDS_FILE)] == [0]
     assert FileJournal(tmp_path).sending(0, 0, {"client-00": "new"}) == {"client-00": "new"}
 
 
@@ -221,8 +221,8 @@ def foreign(path: Path) -> None:
     [
         ("journal/checkpoint.safetensors", cut, "damaged"),
         ("journal/checkpoint.safetensors", foreign, "fedlr.journal.9"),
-        (ROUNDS, lambda path: path.write_bytes(b""), "tells of 0 rounds"),
-        (ROUNDS, lambda path: path.unlink(), "tells of 0 rounds"),
+        (ROUNDS_FILE, lambda path: path.write_bytes(b""), "tells of 0 rounds"),
+        (ROUNDS_FILE, lambda path: path.unlink(), "tells of 0 rounds"),
         ("journal/checkpoint.safetensors", lambda path: path.unlink(), "is gone, though 3 rounds"),
     ],
 )
