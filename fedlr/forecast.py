@@ -10,28 +10,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from pathlib import Path
 
 from fedlr.config import RunConfig
-from fedlr.errors import ConfigError, LedgerError
+from fedlr.errors import ConfigError
 from fedlr.planning import Terms, max_joins
 from fedlr.privacy.accounting import Accountant, Cost, cost
-from fedlr.privacy.booking import History
+from fedlr.privacy.earlier import Earlier
 from fedlr.privacy.events import Release
-from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report.plan import ClientForecast, Composed, PathPoint, RunForecast, Stop
 
 PATH_POINTS = 10
 """Rounds after which ε is evaluated: all where there are no more, else evenly spaced ones."""
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """A client's ledger before the run: history, rounds of all runs, those that count in each."""
-
-    history: History = field(default_factory=lambda: History(0, ()))
-    joins: int = 0
-    recovered: int = 0
 
 
 @dataclass(frozen=True)
@@ -357,43 +346,3 @@ def _dominating(events: Sequence[Release]) -> Release:
         max(event.steps for event in events),
         events[0].unit,
     )
-
-
-def read_ledgers(folder: Path, names: Sequence[str]) -> dict[str, Earlier]:
-    """Return what the ledgers of earlier runs hold, by client.
-
-    Args:
-        folder: A folder of ``<client>.sqlite``, or a run folder with one in ``ledgers``.
-        names: The clients of the plan.
-
-    Raises:
-        LedgerError: There is none for any of ``names``, or one cannot be read.
-    """
-    inner = folder / "ledgers"
-    place = inner if inner.is_dir() else folder
-    found = {name: place / f"{name}.sqlite" for name in names}
-    present = {name: path for name, path in found.items() if path.is_file()}
-    if not present:
-        lacks = "holds no ledger of any client" if folder.is_dir() else "is no folder"
-        raise LedgerError(
-            f"{str(folder)!r} {lacks}; give a run folder, or one with files such as "
-            f"{names[0]}.sqlite"
-        )
-    return {name: read_ledger(path) for name, path in present.items()}
-
-
-def read_ledger(path: Path, source_id: str | None = None) -> Earlier:
-    """Return what one existing ledger holds.
-
-    Args:
-        path: Its file.
-        source_id: Of which data it must tell; None takes any.
-
-    Raises:
-        LedgerError: It cannot be read, or belongs to other data.
-    """
-    ledger = SqliteLedger(path, source_id)
-    try:
-        return Earlier(ledger.history(), ledger.joins(), ledger.joins(run=""))
-    finally:
-        ledger.close()

@@ -8,15 +8,17 @@ in which everything spent elsewhere would be missing.
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from fedlr.config import RunConfig, to_json
 from fedlr.errors import ConfigError, LedgerError, RunError
-from fedlr.planning import ClientPlan, client_name
+from fedlr.planning import client_name
+from fedlr.privacy.earlier import Earlier, read_ledger
 from fedlr.privacy.ledger import SqliteLedger
 from fedlr.privacy.limits import Declared, Limits, read_limits
 from fedlr.report import strict_json
@@ -94,8 +96,27 @@ def read_policies(config: RunConfig) -> dict[str, Limits]:
     return found
 
 
+class DeclaredClient(Protocol):
+    """What a policy is held against: the public numbers of a client, of a run or of its plan."""
+
+    @property
+    def name(self) -> str:
+        """Stable public identifier."""
+        ...
+
+    @property
+    def declared_size(self) -> int:
+        """N."""
+        ...
+
+    @property
+    def delta(self) -> float:
+        """δ."""
+        ...
+
+
 def check_policies(
-    config: RunConfig, clients: Sequence[ClientPlan], labels: tuple[str, ...]
+    config: RunConfig, clients: Sequence[DeclaredClient], labels: tuple[str, ...]
 ) -> None:
     """Check that every client can take part under its operator's policy, before a run begins.
 
@@ -105,11 +126,35 @@ def check_policies(
         labels: Its label list.
 
     Raises:
+        ConfigError: As `read_policies` and `hold_policies`.
+    """
+    hold_policies(read_policies(config), config, clients, labels)
+
+
+def hold_policies(
+    policies: Mapping[str, Limits],
+    config: RunConfig,
+    clients: Sequence[DeclaredClient],
+    labels: tuple[str, ...] | None,
+    read: Callable[[Path, str | None], Earlier] = read_ledger,
+) -> dict[str, Earlier]:
+    """Hold policies against a run: the one check, for a run that begins and for its plan.
+
+    Args:
+        policies: What operators allow, by client.
+        config: The run.
+        clients: What it declares of them.
+        labels: Its label list; None where it is not known.
+        read: Reads a ledger of a source, as `read_ledger`.
+
+    Returns:
+        What the ledgers that policies name hold, by client.
+
+    Raises:
         ConfigError: A policy does not fit the run, or names a ledger that is not there or is
             another source's, or two name one; all problems at once.
     """
-    policies = read_policies(config)
-    problems, owners = list[str](), dict[object, str]()
+    held, problems, owners = dict[str, Earlier](), list[str](), dict[object, str]()
     for client in clients:
         limits = policies.get(client.name)
         if limits is None:
@@ -124,37 +169,65 @@ def check_policies(
             labels=labels,
         )
         problems += limits.conflicts(run)
-        if limits.ledger is not None:
-            problems += _about_ledger(run, limits.ledger, limits.source_id)
-            keys = (limits.ledger, limits.source_id, _inode(limits.ledger))
-            held = {owners.setdefault(key, client.name) for key in keys if key is not None}
-            if others := sorted(held - {client.name}):
-                problems.append(
-                    f"the policies of {others[0]} and {client.name} name one ledger or source id, "
-                    f"{limits.ledger} ({limits.source_id!r}); give each client that of its own data"
-                )
+        if limits.ledger is None:
+            continue
+        try:
+            held[client.name] = _read_own(run, limits.ledger, limits.source_id, read)
+        except ConfigError as error:
+            problems += error.problems
+        keys = (limits.ledger, limits.source_id, _inode(limits.ledger))
+        named = {owners.setdefault(key, client.name) for key in keys if key is not None}
+        if others := sorted(named - {client.name}):
+            problems.append(
+                f"the policies of {others[0]} and {client.name} name one ledger or source id, "
+                f"{limits.ledger} ({limits.source_id!r}); give each client that of its own data"
+            )
     if problems:
         raise ConfigError(problems)
+    return held
 
 
-def _about_ledger(run: Declared, path: Path, source_id: str | None) -> list[str]:
-    """Return what is wrong with the ledger that a client's policy names."""
-    if not path.exists():
-        return [
-            f"the policy of {run.client} names the ledger {path}, which does not exist; bring it "
-            f"back, or for data that never had one: fedlr ledger new {shlex.quote(str(path))} "
-            f"--source-id {shlex.quote(str(source_id))} --disjoint '<reason>'"
-        ]
+def _read_own(
+    run: Declared,
+    path: Path,
+    source_id: str | None,
+    read: Callable[[Path, str | None], Earlier],
+) -> Earlier:
+    """Return what the ledger holds that a client's policy names; ConfigError if it is unfit."""
+    if _is_missing(path):
+        raise ConfigError(
+            [
+                f"the policy of {run.client} names the ledger {path}, which does not exist; bring "
+                "it back, or for data that never had one: fedlr ledger new "
+                f"{shlex.quote(str(path))} --source-id {shlex.quote(str(source_id))} "
+                "--disjoint '<reason>'"
+            ]
+        )
     try:
-        with closing(SqliteLedger(path, source_id)) as ledger:
-            units = sorted({event.unit for event in ledger.spent()} - {run.unit})
+        earlier = read(path, source_id)
     except LedgerError as error:
-        return [f"the policy of {run.client}: {error}"]
-    return [
-        f"the ledger {path} of {run.client} holds releases of the unit {unit}, the run has "
-        f"privacy.unit = {run.unit}; they cannot be composed, set privacy.unit={unit}"
-        for unit in units
-    ]
+        raise ConfigError([f"the policy of {run.client}: {error}"]) from error
+    units = {event.unit for event in earlier.history.events()}
+    if others := sorted(units - {run.unit}):
+        raise ConfigError(
+            [
+                f"the ledger {path} of {run.client} holds releases of the unit {unit}, the run has "
+                f"privacy.unit = {run.unit}; they cannot be composed, set privacy.unit={unit}"
+                for unit in others
+            ]
+        )
+    return earlier
+
+
+def _is_missing(path: Path) -> bool:
+    """Return whether there is no such file; not whether it can be read."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _inode(path: Path) -> tuple[int, int] | None:
@@ -173,6 +246,17 @@ def policy_digest(limits: Limits | None) -> str:
 
 def _source(run: str, client: str) -> str:
     return f"{run}/{client}"
+
+
+def run_ledger_of(source_id: str) -> str | None:
+    """Return whose ledger this is if a run made it for itself; None for an operator's.
+
+    Example:
+        >>> run_ledger_of("2031-05-01-120000-tiny-1a2b3c4d/client-007"), run_ledger_of("ward-7")
+        ('client-007', None)
+    """
+    found = re.fullmatch(r"[^/]+/(client-\d{3,})", source_id)
+    return None if found is None else found[1]
 
 
 def prepare(

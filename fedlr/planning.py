@@ -56,6 +56,19 @@ class Terms:
     noise_multiplier: float
 
 
+@dataclass(frozen=True)
+class Split:
+    """What a plan needs to know of the data.
+
+    Attributes:
+        sizes: Units of each client, in client order.
+        labels: The label list, in order; None where no data were read to learn it.
+    """
+
+    sizes: tuple[int, ...]
+    labels: tuple[str, ...] | None
+
+
 def client_name(index: int) -> str:
     """Return the public identifier of a simulated client.
 
@@ -113,8 +126,8 @@ def client_units(config: RunConfig, data: LoadedData) -> list[UnitIndex]:
     return [UnitIndex.of(data.train.users, rows, unit) for rows in rows_of]
 
 
-def read_sizes(config: RunConfig, spec: SourceSpec, say: Say = lambda _: None) -> tuple[int, ...]:
-    """Return the number of units of every simulated client; no model is loaded.
+def read_split(config: RunConfig, spec: SourceSpec, say: Say = lambda _: None) -> Split:
+    """Return how the data fall to the simulated clients; no model is loaded.
 
     Args:
         config: The run.
@@ -126,7 +139,9 @@ def read_sizes(config: RunConfig, spec: SourceSpec, say: Say = lambda _: None) -
     """
     check_present(spec)
     say("reading the data")
-    return tuple(units.count for units in client_units(config, load(spec)))
+    data = load(spec)
+    sizes = tuple(units.count for units in client_units(config, data))
+    return Split(sizes, data.label_names)
 
 
 def plan_clients(
@@ -174,14 +189,22 @@ def plan_sizes(
     _check_delta(terms)
     if noise is not None:
         return tuple(replace(term, noise_multiplier=noise[term.name]) for term in terms)
-    distinct = len({(term.declared_size, term.delta) for term in terms})
-    say(f"calibrating the noise of {len(terms)} clients ({distinct} different sizes)")
+    say(f"calibrating the noise of {_counted(terms)}")
     privacy, steps = config.privacy, config.optimizer.steps * max_joins(config)
 
     def sigma(term: Terms) -> float:
         return calibrate(privacy.epsilon, term.delta, term.sample_rate, steps, privacy.accountant)
 
     return tuple(replace(term, noise_multiplier=sigma(term)) for term in terms)
+
+
+def _counted(terms: Sequence[Terms]) -> str:
+    """Return how many clients there are, and how many of them need a noise of their own."""
+    if len(terms) == 1:
+        return "1 client"
+    distinct = len({(term.declared_size, term.delta) for term in terms})
+    sizes = "of one size" if distinct == 1 else f"of {distinct} different sizes"
+    return f"{len(terms)} clients {sizes}"
 
 
 def _check_delta(terms: Sequence[Terms]) -> None:
@@ -193,8 +216,8 @@ def _check_delta(terms: Sequence[Terms]) -> None:
         raise ConfigError(
             [
                 f"privacy.delta = {worst.delta} must be < 1/N = {1 / worst.declared_size:.3g} of "
-                f"{worst.name} with N = {worst.declared_size} ({len(broken)} of {len(terms)} "
-                "clients are too large for it); lower it, or set it to null"
+                f"{worst.name} with N = {worst.declared_size} (too large for {len(broken)} of "
+                f"{len(terms)} clients); lower it, or set it to null"
             ]
         )
 

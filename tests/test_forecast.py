@@ -5,31 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedlr.config import RunConfig, from_mapping
-from fedlr.errors import ConfigError, LedgerError
+from fedlr.errors import ConfigError
 from fedlr.forecast import (
     PATH_POINTS,
     Bounds,
-    Earlier,
     Forecaster,
     Planned,
     compose_runs,
     expected_joins,
     forecast,
     path_rounds,
-    read_ledger,
-    read_ledgers,
 )
 from fedlr.planning import plan_sizes
 from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.booking import RECOVERED, Entry, History
+from fedlr.privacy.earlier import Earlier
 from fedlr.privacy.events import Release
-from fedlr.privacy.ledger import JobKey, SqliteLedger
 from fedlr.report.plan import ClientForecast, Stop
 
 COHORTS = [(0,), (1,), (0,), (0,)]
@@ -303,25 +299,3 @@ def test_the_rounds_of_a_path_rise_from_the_first_to_the_last(rounds: int) -> No
     assert len(found) == min(rounds, PATH_POINTS)
     assert (found[0], found[-1]) == (1, rounds)
     assert all(low < high for low, high in pairwise(found))
-
-
-def test_ledgers_are_read_from_a_run_folder_or_from_their_own(tmp_path: Path) -> None:
-    (tmp_path / "ledgers").mkdir()
-    ledger = SqliteLedger(tmp_path / "ledgers" / "client-001.sqlite", "one source")
-    ledger.reserve(JobKey("run", 0, "client-001", "nonce"), release(1.0, 0.1, 5))
-    ledger.close()
-    names = ["client-000", "client-001"]
-    for folder in (tmp_path, tmp_path / "ledgers"):
-        found = read_ledgers(folder, names)
-        assert {name: held.history.events() for name, held in found.items()} == {
-            "client-001": (release(1.0, 0.1, 5),)
-        }
-        assert (found["client-001"].joins, found["client-001"].recovered) == (1, 0)
-    before = sorted(path.name for path in tmp_path.rglob("*"))
-    with pytest.raises(LedgerError, match=r"holds no ledger of any client; .* client-007.sqlite"):
-        read_ledgers(tmp_path, ["client-007"])
-    with pytest.raises(LedgerError, match=r"absent' is no folder"):
-        read_ledgers(tmp_path / "absent", names)
-    with pytest.raises(LedgerError, match=r"belongs to the data source 'one source'"):
-        read_ledger(tmp_path / "ledgers" / "client-001.sqlite", "another")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == before

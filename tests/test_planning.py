@@ -11,7 +11,7 @@ from fedlr.config import RunConfig, from_mapping
 from fedlr.data.sources import load
 from fedlr.errors import ConfigError
 from fedlr.forecast import Forecaster
-from fedlr.planning import calibrate, declared_size, plan_clients, plan_sizes, read_sizes
+from fedlr.planning import calibrate, declared_size, plan_clients, plan_sizes, read_split
 from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.events import Release
 
@@ -60,19 +60,35 @@ def test_an_epsilon_out_of_reach_names_the_setting() -> None:
         calibrate(1e-4, 1e-5, 0.1, 5)
 
 
-def test_reading_the_sizes_gives_the_clients_of_the_run() -> None:
+def test_reading_the_split_gives_the_clients_and_labels_of_the_run() -> None:
     federation = {"clients": 4, "clients_per_round": 4}
     partition = {"kind": "dirichlet", "alpha": 0.5}
     wanted = config(federation=federation, partition=partition)
     spec, said = source_spec(wanted), list[str]()
-    sizes = read_sizes(wanted, spec, said.append)
+    split, data = read_split(wanted, spec, said.append), load(spec)
+    sizes = split.sizes
     assert sum(sizes) == 90
-    clients = plan_clients(wanted, load(spec))
+    assert split.labels == data.label_names
+    clients = plan_clients(wanted, data)
     assert [client.units.count for client in clients] == list(sizes)
     terms = plan_sizes(wanted, sizes)
     assert [client.noise_multiplier for client in clients] == [t.noise_multiplier for t in terms]
     assert [client.delta for client in clients] == [term.delta for term in terms]
     assert said == ["reading the data"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ([50], "the noise of 1 client"),
+        ([50, 50], "the noise of 2 clients of one size"),
+        ([50, 857, 850], "the noise of 3 clients of 2 different sizes"),
+    ],
+)
+def test_it_is_said_how_many_sizes_need_noise(sizes: list[int], says: str) -> None:
+    said = list[str]()
+    plan_sizes(config(), sizes, say=said.append)
+    assert said == [f"calibrating {says}"]
 
 
 def test_known_noise_is_taken_as_it_is() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,14 +14,14 @@ from fedlr.cli.arguments import Parser
 from fedlr.cli.compose import compose
 from fedlr.cli.overrides import spread
 from fedlr.config import RunConfig
-from fedlr.errors import ConfigError, LedgerError
+from fedlr.errors import ConfigError
 from fedlr.report import strict_json
 from fedlr.report.plan import Composed, Plan, RunForecast, listed, plan_tables, run_notices
 
 if TYPE_CHECKING:
-    from fedlr.forecast import Bounds, Earlier, Planned
-    from fedlr.planning import Terms
-    from fedlr.privacy.limits import Declared, Limits
+    from fedlr.forecast import Planned
+    from fedlr.planning import Split
+    from fedlr.privacy.earlier import Earlier
 
 MOST_RUNS = 200
 """Combinations of one sweep; composing more takes minutes and is most likely a slip."""
@@ -38,8 +38,9 @@ to be split over the clients, unless --sizes gives their sizes.
   joins  rounds it joins: at most (σ is calibrated for them), on average, with this seed
 
 What the operators' policies allow (privacy.policies=<folder>) ends a client's part as it
-would in the run. Where a policy names a ledger over all runs, what that holds is counted,
-and privacy.epsilon bounds the new run alone.
+would in the run, and what they refuse is refused. Where a policy names a ledger over all
+runs, what that holds is counted, not one of --ledgers, and privacy.epsilon bounds the new
+run alone.
 
 Overrides are those of `fedlr simulate`. Several values in one, such as
   fedlr plan privacy.epsilon=1,3,8 method=fedsvd,ffa_lora
@@ -48,6 +49,7 @@ which is what choosing one of the runs by its result on these data costs."""
 
 
 _CLIENTS = ("federation.clients", "federation.clients_per_round")
+_ESCAPED = re.compile(r"\\(.)")
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,46 @@ def plan(request: Request, say: Callable[[str], None] = lambda _: None) -> Plan:
     if len(combinations) > MOST_RUNS:
         raise ConfigError([f"the sweep has more than {MOST_RUNS} runs; plan it in parts"])
     configs = [compose(combination) for combination in combinations]
+    return plan_runs(configs, _varied(combinations), request, say)
+
+
+def plan_runs(
+    configs: Sequence[RunConfig],
+    varied: Sequence[tuple[str, ...]],
+    request: Request,
+    say: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Return the plan of runs that are composed already.
+
+    Args:
+        configs: At least one.
+        varied: What is shown as each run's own.
+        request: Sizes and ledgers; its overrides have no part in it.
+        say: Told what is being done.
+
+    Raises:
+        FedlrError: As `plan`.
+    """
+    from fedlr.cli.operators import about_ledgers
     from fedlr.forecast import check_units, compose_runs
 
     check_units(configs)
-    planned, runs = _runs(configs, _varied(combinations), request, say)
-    alike = len({_split(config) for config in configs}) == 1
+    given = _read_given(configs, request.ledgers)
+    planned, runs = _runs(configs, varied, request, given or {}, say)
+    notices = [*about_ledgers(planned, given), *run_notices(runs)]
+    # One that promises nothing would make all of them promise nothing.
+    private = [run for run in planned if run.config.privacy.mode == "dp"]
     composed = None
-    if len(configs) > 1:
-        say(f"composing {len(configs)} runs")
-        composed = compose_runs(planned, alike)
-    notices = [*_about_ledgers(request, planned), *run_notices(runs)]
-    if composed is not None:
-        notices += _about_composition(composed, planned, alike)
+    if len(configs) > 1 and private:
+        alike = len({_dealt(run.config) for run in private}) == 1
+        say(f"composing {len(private)} runs")
+        composed = compose_runs(private, alike)
+        notices += _about_composition(composed, private, alike)
+        if bare := len(planned) - len(private):
+            notices.append(
+                f"{_counted(bare, 'run')} without noise {'is' if bare == 1 else 'are'} left out of "
+                "the composition: nothing bounds what they release of the same data"
+            )
     return Plan(runs=runs, composed=composed, notices=tuple(notices))
 
 
@@ -132,164 +162,66 @@ def _runs(
     configs: Sequence[RunConfig],
     varied: Sequence[tuple[str, ...]],
     request: Request,
+    given: Mapping[str, Earlier],
     say: Callable[[str], None],
 ) -> tuple[list[Planned], tuple[RunForecast, ...]]:
     """Return every run with its forecast; ConfigError at once for all that does not fit."""
-    from fedlr.forecast import Planned, forecast, read_ledgers
-    from fedlr.planning import client_name, plan_sizes
+    from fedlr.cli.operators import bounds_of, hold, policies_of
+    from fedlr.forecast import Planned, forecast
+    from fedlr.planning import plan_sizes
 
-    policies = _policies(configs)
-    names = [client_name(i) for i in range(max(config.federation.clients for config in configs))]
-    given = {} if request.ledgers is None else read_ledgers(request.ledgers, names)
-    sizes = _all_sizes(configs, request.sizes, say)
-    ledgers = _check(configs, policies, sizes, given)
+    policies = policies_of(configs)
+    splits = _splits(configs, request.sizes, say)
+    earlier = hold(configs, policies, splits, given)
     planned, runs = list[Planned](), list[RunForecast]()
-    for number, (config, chosen) in enumerate(zip(configs, varied, strict=True), start=1):
+    for number, (config, chosen) in enumerate(zip(configs, varied, strict=True)):
         if len(configs) > 1:
-            say(f"run {number} of {len(configs)}: {' '.join(chosen)}")
+            say(f"run {number + 1} of {len(configs)}: {' '.join(chosen)}")
         tell = say if len(configs) == 1 else lambda _: None
-        terms = plan_sizes(config, sizes[number - 1], say=tell)
-        limits = policies[number - 1]
-        bounds = {name: _bounds(limit) for name, limit in limits.items()}
-        own = {n: ledgers[p.ledger] for n, p in limits.items() if p.ledger in ledgers}
-        planned.append(Planned(config, terms, bounds, {**own, **given}))
-        tell(f"composing ε of {config.federation.rounds} rounds")
+        terms = plan_sizes(config, splits[number].sizes, say=tell)
+        planned.append(Planned(config, terms, bounds_of(policies[number]), earlier[number]))
+        tell(f"composing ε of {_counted(config.federation.rounds, 'round')}")
         found = forecast(planned[-1], _cohorts(config))
         data = found.data if request.sizes is None else "clients of the given sizes"
         runs.append(replace(found, overrides=chosen, data=data))
     return planned, tuple(runs)
 
 
-def _policies(configs: Sequence[RunConfig]) -> list[dict[str, Limits]]:
-    """Return what operators allow in every run; ConfigError with all that is wrong."""
-    from fedlr.orders import read_policies
+def _read_given(configs: Sequence[RunConfig], folder: Path | None) -> dict[str, Earlier] | None:
+    """Return what the ledgers of ``--ledgers`` hold, by client; None without that option."""
+    from fedlr.planning import client_name
+    from fedlr.privacy.earlier import read_ledgers
 
-    found, problems = [], list[str]()
-    for config in configs:
-        try:
-            found.append(read_policies(config))
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    return found
+    if folder is None:
+        return None
+    most = max(config.federation.clients for config in configs)
+    return read_ledgers(folder, [client_name(index) for index in range(most)])
 
 
-def _check(
-    configs: Sequence[RunConfig],
-    policies: Sequence[Mapping[str, Limits]],
-    sizes: Sequence[tuple[int, ...]],
-    given: Collection[str],
-) -> dict[Path | None, Earlier]:
-    """Hold every run against the policies, before any noise is calibrated for it.
-
-    Args:
-        configs: The runs.
-        policies: Of each run, by client.
-        sizes: Units of the clients of each run.
-        given: Clients whose ledgers are given; those that their policies name do not count.
-
-    Returns:
-        What the ledgers that policies name hold, by path; without those that are not there.
-
-    Raises:
-        ConfigError: With everything that does not fit, of all clients and runs.
-    """
-    from fedlr.planning import client_name, plan_sizes
-
-    problems: list[str] = []
-    ledgers: dict[Path | None, Earlier] = {}
-    for config, limits, counts in zip(configs, policies, sizes, strict=True):
-        owners: dict[Path, str] = {}
-        try:
-            noise = {client_name(index): 1.0 for index in range(len(counts))}  # of no account here
-            terms = [term for term in plan_sizes(config, counts, noise) if term.name in limits]
-        except ConfigError as error:
-            problems += error.problems
-            continue
-        for term in terms:
-            policy = limits[term.name]
-            problems += policy.conflicts(_declared(config, term, policy))
-            if policy.ledger is None or term.name in given:
-                continue
-            if (other := owners.setdefault(policy.ledger, term.name)) != term.name:
-                problems.append(
-                    f"the policies of {other} and {term.name} name one ledger, {policy.ledger}; "
-                    "give each client that of its own data"
-                )
-            elif policy.ledger not in ledgers:
-                problems += _read_own(term.name, policy, ledgers)
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    return ledgers
-
-
-def _declared(config: RunConfig, term: Terms, policy: Limits) -> Declared:
-    """Return what the run says of a client; a label list that is not configured is not held
-    against the policy's, for the data need not be there."""
-    from fedlr.privacy.limits import Declared
-
-    return Declared(
-        client=term.name,
-        mode=config.privacy.mode,
-        declared_size=term.declared_size,
-        unit=config.privacy.unit,
-        delta=term.delta,
-        method=config.method.name,
-        labels=config.data.label_names or policy.labels or (),
-    )
-
-
-def _read_own(client: str, policy: Limits, ledgers: dict[Path | None, Earlier]) -> list[str]:
-    """Put what the ledger of a policy holds into ``ledgers``; return what is wrong with it."""
-    from fedlr.forecast import read_ledger
-    from fedlr.privacy import witness
-
-    path = policy.ledger
-    if path is None or not (path.exists() or witness.beside(path).exists()):
-        return []
-    try:
-        ledgers[path] = read_ledger(path, policy.source_id)
-    except LedgerError as error:
-        return [f"the policy of {client}: {error}"]
-    return []
-
-
-def _bounds(policy: Limits) -> Bounds:
-    """Return the plain numbers of a policy; thirty days end today."""
-    from fedlr.forecast import Bounds
-    from fedlr.privacy.booking import DAY_S, MONTH_DAYS
-
-    return Bounds(
-        epsilon_total=policy.epsilon_total,
-        epsilon_per_run=policy.epsilon_per_run,
-        epsilon_per_month=policy.epsilon_per_month,
-        month_start=int(time.time()) // DAY_S - MONTH_DAYS + 1,
-        max_joins=policy.max_joins,
-        own_ledger=policy.ledger is not None,
-    )
-
-
-def _all_sizes(
+def _splits(
     configs: Sequence[RunConfig], sizes: tuple[int, ...] | None, say: Callable[[str], None]
-) -> list[tuple[int, ...]]:
-    """Return the units of the clients of every run; data that are split alike are read once."""
-    known: dict[object, tuple[int, ...]] = {}
+) -> list[Split]:
+    """Return how the data fall in every run; data that are split alike are read once."""
+    from fedlr.planning import Split
+
+    if sizes is not None:  # the data need not be there: labels are those that are configured
+        return [Split(sizes, config.data.label_names) for config in configs]
+    known: dict[object, Split] = {}
     for config in configs:
-        if (key := _split(config)) not in known:
-            known[key] = _read(config, say) if sizes is None else sizes
-    return [known[_split(config)] for config in configs]
+        if (key := _dealt(config)) not in known:
+            known[key] = _read(config, say)
+    return [known[_dealt(config)] for config in configs]
 
 
-def _read(config: RunConfig, say: Callable[[str], None]) -> tuple[int, ...]:
+def _read(config: RunConfig, say: Callable[[str], None]) -> Split:
     from fedlr.build import check_names, source_spec
-    from fedlr.planning import read_sizes
+    from fedlr.planning import read_split
 
     check_names(config)
-    return read_sizes(config, source_spec(config), say)
+    return read_split(config, source_spec(config), say)
 
 
-def _split(config: RunConfig) -> object:
+def _dealt(config: RunConfig) -> object:
     """Return what decides which client holds which row."""
     units = (config.federation.clients, config.privacy.unit)
     return (config.seed, config.data, config.partition, *units)
@@ -331,44 +263,38 @@ def _with_clients(request: Request) -> list[str]:
     if named.get(_CLIENTS[0], str(count)) != str(count):
         raise ConfigError(
             [
-                f"{_CLIENTS[0]}={named[_CLIENTS[0]]} but --sizes gives {count} clients; "
-                "leave one of the two out"
+                f"{_CLIENTS[0]}={named[_CLIENTS[0]]} but --sizes gives "
+                f"{_counted(count, 'client')}; leave one of the two out"
             ]
         )
     return [*(f"{name}={count}" for name in _CLIENTS if name not in named), *words]
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _varied(combinations: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     """Return the overrides of each combination that are not those of all; of one alone, none."""
     columns = [len(set(column)) > 1 for column in zip(*combinations, strict=True)]
-    return [tuple(itertools.compress(words, columns)) for words in combinations]
+    return [tuple(map(_as_typed, itertools.compress(words, columns))) for words in combinations]
 
 
-def _about_ledgers(request: Request, planned: Sequence[Planned]) -> list[str]:
-    """Say what is not counted of earlier runs, and what the run itself would not know."""
-    private = [run for run in planned if run.config.privacy.mode == "dp"]
-    names = dict.fromkeys(term.name for run in private for term in run.terms)
-    held = {name for run in private for name in run.earlier}
-    own = {name for run in private for name, policy in run.bounds.items() if policy.own_ledger}
-    missing, notices = [name for name in names if name not in held], list[str]()
-    if missing and request.ledgers is None and not own:
-        return [
-            "earlier releases from the same data are not counted; --ledgers <run folder> adds "
-            "what its ledgers hold"
-        ]
-    if missing:
-        notices.append(f"no ledger of {listed(missing)}: nothing is counted there")
-    if lacking := [name for name in missing if name in own]:
-        notices.append(
-            f"the ledger that the policy of {listed(lacking)} names does not exist: the run is "
-            "refused until `fedlr ledger new` has made it"
-        )
-    if free := [name for name in names if name in held - own]:
-        notices.append(
-            f"a simulated run begins a ledger of its own for {listed(free)} and does not know "
-            "what --ledgers hold; to be stopped there, name the ledger in the client's policy"
-        )
-    return notices
+def _as_typed(word: str) -> str:
+    """Return an override without the escape that Hydra gives a colon and does not need.
+
+    Within quotes and brackets a backslash may be one, and stays.
+
+    Example:
+        >>> _as_typed("adapter.layers=top\\\\:1"), _as_typed("data.path='x:1'")
+        ('adapter.layers=top:1', "data.path='x:1'")
+    """
+    name, _, value = word.partition("=")
+    if value.startswith(("'", '"', "[", "{")):
+        return word
+    # Pair by pair: the second of two backslashes escapes nothing.
+    shown = _ESCAPED.sub(lambda pair: ":" if pair[1] == ":" else pair[0], value)
+    return f"{name}={shown}"
 
 
 def _about_composition(composed: Composed, planned: Sequence[Planned], alike: bool) -> list[str]:

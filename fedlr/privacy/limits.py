@@ -58,7 +58,8 @@ class Declared:
         unit: Unit of privacy.
         delta: δ.
         method: Name of the method.
-        labels: The label list, in order.
+        labels: The label list, in order; None where it is not known yet, and no policy's
+            list is held against it.
     """
 
     client: str
@@ -67,7 +68,7 @@ class Declared:
     unit: str
     delta: float
     method: str
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Limits:
             )
         for name in ("client", "declared_size", "unit", "labels"):
             wanted, found = getattr(self, name), getattr(run, name)
-            if wanted is not None and wanted != found:
+            if None not in (wanted, found) and wanted != found:
                 problems.append(
                     f"the policy of {run.client} says {name} = {_shown(wanted)}, the run "
                     f"{_shown(found)}; make them agree"

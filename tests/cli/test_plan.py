@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from fedlr.cli.main import main
 from fedlr.cli.overrides import spread
+from fedlr.cli.plan import _varied
 from fedlr.privacy import accounting, composition
 from fedlr.privacy.events import Release
 from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report import strict_json
 from fedlr.report.plan import Plan, Stop
 from fedlr.report.records import read_summary
-from tests.cli.small import simulate
+from tests.cli.small import policies, simulate
 
 QUICK = ("privacy.accountant=rdp", "federation.rounds=4", "optimizer.steps=2")
 
@@ -128,14 +130,6 @@ def test_sizes_that_are_dealt_anew_compose_at_the_worst_client(
         assert accounting.epsilon(events, found.composed.delta, "rdp") <= found.composed.epsilon_max
 
 
-def policies(folder: Path, **texts: str) -> str:
-    """Write policy files, by client with an underscore, and return the override."""
-    folder.mkdir(parents=True)
-    for name, text in texts.items():
-        (folder / f"{name.replace('_', '-')}.toml").write_text(text, encoding="utf-8")
-    return f"privacy.policies={folder}"
-
-
 def test_a_run_stops_where_its_policies_were_planned_to_stop_it(
     run_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,59 +159,16 @@ def test_a_run_stops_where_its_policies_were_planned_to_stop_it(
     assert first.stop == stops[0]
     assert first.epsilon_max > first.spent
     assert again.notices == ("no ledger of client-001: nothing is counted there",)
-    # A ledger that is given counts instead of the policy's.
-    elsewhere = planned(capfd, *words, given, "--ledgers", str(run_folder)).runs[0].clients[0]
-    assert elsewhere.spent == read_summary(run_folder / "summary.json").clients[0].epsilon
+    # As in the run, the policy's ledger counts and not one that is given beside it.
+    beside = planned(capfd, *words, given, "--ledgers", str(run_folder))
+    before = read_summary(run_folder / "summary.json").clients
+    spent = [client.spent for client in beside.runs[0].clients]
+    assert spent == [summary.clients[0].epsilon, before[1].epsilon]
+    assert beside.notices[0].startswith("of client-000 the ledger counts that the policy names")
     assert main(["plan", *words, given]) == 0
     table = capfd.readouterr().out
     assert "A bound ends these clients' part before the last round" in table
     assert f"policy.epsilon_per_run = {bound:g}" in table
-
-
-OWN = 'ledger = "ward.sqlite"\nsource_id = "ward"\n[budget]\nepsilon_total = 9.0\ndelta = 0.01\n'
-
-
-def test_a_ledger_that_a_policy_names_need_not_be_there_yet(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    given = policies(tmp_path / "p", client_000=OWN)
-    found = planned(capfd, "--sizes", "500", *QUICK, given)
-    assert found.runs[0].clients[0].spent == 0.0
-    assert any("the run is refused until `fedlr ledger new`" in one for one in found.notices)
-    assert [path.name for path in (tmp_path / "p").iterdir()] == ["client-000.toml"]
-
-
-def test_policies_that_do_not_fit_are_named_at_once_before_noise_is_calibrated(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    other = OWN.replace("ward.sqlite", "other.sqlite")
-    given = policies(
-        tmp_path / "p",
-        client_000='declared_size = 999\nunit = "user"\n',
-        client_001="[budget]\ndelta = 1e-7\n",
-        client_002=other,
-        client_003=OWN,
-        client_004=OWN,
-    )
-    SqliteLedger(tmp_path / "p" / "other.sqlite", "other").close()
-    sizes = ("--sizes", "500,400,300,200,100")
-    # Of a sweep, each problem once.
-    assert main(["plan", *sizes, *QUICK, given, "seed=0,1"]) == 2
-    err = capfd.readouterr().err
-    for says in (
-        "the policy of client-000 says declared_size = 999, the run 500",
-        "the policy of client-000 says unit = 'user', the run 'example'",
-        "the policy of client-001 allows δ ≤ 1e-07, the run promises at 1e-05",
-        "the policy of client-002: ledger",
-        "the policies of client-003 and client-004 name one ledger",
-    ):
-        assert err.count(says) == 1
-    assert "5 problems" in err
-    assert "calibrating" not in err
-    assert main(["plan", *sizes, "privacy=dry", "data.public=true", given]) == 2
-    assert capfd.readouterr().err.count("allows private training alone") == 5
-    assert main(["plan", *sizes, "privacy.policies=absent"]) == 2
-    assert "privacy.policies = 'absent' is no folder" in capfd.readouterr().err
 
 
 def test_a_sweep_over_what_a_policy_allows_in_all_is_said(
@@ -231,6 +182,40 @@ def test_a_sweep_over_what_a_policy_allows_in_all_is_said(
     assert any("policy.epsilon_total of client-000" in notice for notice in found.notices)
     below = planned(capfd, *words, "privacy.epsilon=1,2")
     assert not any("policy.epsilon_total" in notice for notice in below.notices)
+
+
+def test_a_sweep_is_shown_as_it_was_typed(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("--sizes", "500", *QUICK, "adapter.layers=top:1,top:2")
+    found = planned(capfd, *words)
+    assert [run.overrides for run in found.runs] == [
+        ("adapter.layers=top:1",),
+        ("adapter.layers=top:2",),
+    ]
+    assert main(["plan", *words]) == 0
+    shown = capfd.readouterr()
+    assert "run 2 of 2: adapter.layers=top:2" in shown.err
+    assert "\\" not in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a=x,b:y", ["a=x", "a=b:y"]),
+        ("a='x:y','z'", ["a='x:y'", "a='z'"]),
+        (r"a='\:',z", [r"a='\:'", "a=z"]),
+        (r"a=x\,y:z,b", [r"a=x\,y:z", "a=b"]),
+        (r"a=x\\:,b", [r"a=x\\:", "a=b"]),
+    ],
+)
+def test_only_the_escape_of_a_colon_is_left_out(text: str, shown: list[str]) -> None:
+    """What is shown means what was meant: Hydra reads it back as the same value."""
+    combinations = list(spread([text]))
+    assert [words for (words,) in _varied(combinations)] == shown
+    assert list(map(_value, shown)) == [_value(word) for (word,) in combinations]
+
+
+def _value(word: str) -> object:
+    return OverridesParser.create().parse_override(word).value()
 
 
 def test_a_sweep_says_one_line_for_each_run(capfd: pytest.CaptureFixture[str]) -> None:
@@ -271,7 +256,7 @@ def test_where_prv_fails_the_plan_says_whose_bound_it_is(
         (("--sizes", "12,x"), 2, "'x' must be a whole number ≥ 1"),
         (("--sizes", "0"), 2, "'0' must be a whole number ≥ 1"),
         (("--sizes", "9,9", "federation.clients=3"), 2, "--sizes gives 2 clients"),
-        (("--sizes", "9", "federation.clients=1,2"), 2, "--sizes gives 1 clients"),
+        (("--sizes", "9", "federation.clients=1,2"), 2, "--sizes gives 1 client;"),
         (("--sizes", "100", "privacy.unit=example,user"), 2, "plan them one by one"),
         (("--sizes", "100", "privacy.delta=0.2"), 2, "must be < 1/N"),
         (("--sizes", "1200", "800"), 2, "write the sizes as one word, --sizes 1200,800"),

@@ -131,6 +131,10 @@ def test_a_declaration_that_does_not_fit_the_policy_is_named(
     assert says in problem
 
 
+def test_a_label_list_that_is_not_known_is_not_held_against_the_policy(tmp_path: Path) -> None:
+    assert read_limits(written(tmp_path, WHOLE)).conflicts(replace(RUN, labels=None)) == []
+
+
 def test_all_conflicts_are_told_at_once(tmp_path: Path) -> None:
     run = replace(RUN, declared_size=9, unit="user", method="flora")
     assert len(read_limits(written(tmp_path, WHOLE)).conflicts(run)) == 3
