@@ -6,18 +6,20 @@ the per-unit gradient (draw, batches, clip, sum, noise, optimiser) is `LocalTrai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedlr.audit.canaries import CanaryUnits, Directions
-from fedlr.data.batching import Integers, UnitIndex
+from fedlr.data.batching import Batch, Integers, UnitIndex
 from fedlr.methods.method import PartKey
-from fedlr.privacy.dpsgd import Mechanism
-from fedlr.privacy.gradients import LossOfRows, UnitGradients
-from fedlr.training.local import LocalTask, LocalTrainer
+from fedlr.privacy.columns import UnitMatrix
+from fedlr.privacy.factored import Factored, dense
+from fedlr.privacy.gradients import UnitGradients
+from fedlr.training.local import LocalTask, LocalTrainer, RowArrays
+from fedlr.training.task import Drawn, Member
 
 
 class CanaryTrainer(LocalTrainer):
@@ -36,6 +38,8 @@ class CanaryTrainer(LocalTrainer):
         self.directions: Directions | None = None
         self.scale = 0.0
         self._canary_units: CanaryUnits | None = None
+        self._canaries: Integers = np.zeros(0, dtype=np.int64)  # of each row of the step
+        self._seen = 0
         self._sums = 0
 
     @property
@@ -58,59 +62,41 @@ class CanaryTrainer(LocalTrainer):
             raise RuntimeError(f"{self._sums} of {self.settings.steps} steps planted canaries")
         return trained
 
-    def _clipped_sum(
+    def _clipped_sums(
+        self,
+        members: Sequence[Member],
+        gradients: UnitGradients,
+        drawn: Drawn,
+        arrays: RowArrays,
+    ) -> list[dict[PartKey, Tensor]]:
+        if self._canary_units is None:
+            raise ValueError("a clipped sum was asked for outside of train")
+        self._canaries = self._canary_units.drawn[-1][drawn.unit_index]
+        self._seen = 0
+        sums = super()._clipped_sums(members, gradients, drawn, arrays)
+        if self._seen != len(drawn.rows):
+            raise RuntimeError(f"{self._seen} of {len(drawn.rows)} drawn rows passed the audit")
+        self._sums += 1
+        return sums
+
+    def _differentiate(
         self,
         gradients: UnitGradients,
-        trained: Mapping[PartKey, nn.Parameter],
-        mechanism: Mechanism,
-        rows: np.ndarray,
-        unit_index: np.ndarray,
-    ) -> dict[PartKey, Tensor]:
-        if self._canary_units is None or self.directions is None:
+        batch: Batch,
+        positions: Integers,
+        local: Integers,
+        units: int,
+    ) -> Mapping[PartKey, Tensor | Factored]:
+        """Compute all gradients, the canaries' too, and then put the chosen ones in their place."""
+        if self.directions is None:
             raise ValueError("a clipped sum was asked for outside of train")
-        canaries = self._canary_units.drawn[-1][unit_index]
-        pieces = [canaries[piece] for piece in self.pieces(rows)]
-        planted = _Planted(gradients, self.directions, self.scale, pieces)
-        total = super()._clipped_sum(planted, trained, mechanism, rows, unit_index)
-        planted.check_complete()
-        self._sums += 1
-        return total
-
-
-class _Planted:
-    """`UnitGradients` that replaces the gradients of canaries.
-
-    Args:
-        real: What computes all gradients, the replaced ones too.
-        directions: Gradient of each canary, times ``scale``.
-        scale: See ``directions``.
-        pieces: Canary of each row, for every physical batch in the order of the calls.
-    """
-
-    def __init__(
-        self,
-        real: UnitGradients,
-        directions: Directions,
-        scale: float,
-        pieces: list[Integers],
-    ) -> None:
-        self._real, self._directions, self._scale = real, directions, scale
-        self._pieces: Iterator[Integers] = iter(pieces)
-
-    def __call__(self, losses: LossOfRows, unit_index: Tensor, units: int) -> dict[PartKey, Tensor]:
-        """See `UnitGradients`."""
-        found = self._real(losses, unit_index, units)
-        rows = next(self._pieces, None)
-        if rows is None or len(rows) != unit_index.shape[0]:
-            raise RuntimeError("the physical batches are not those that the audit foresaw")
-        canaries = torch.from_numpy(rows).to(unit_index.device)
-        positions = unit_index[canaries >= 0]
+        found = super()._differentiate(gradients, batch, positions, local, units)
+        if not isinstance(found, UnitMatrix):
+            found = dense(found)
+        canary = self._canaries[positions]
         for key, value in found.items():
-            planted = self._directions.gradients(key, canaries[canaries >= 0])
-            value[positions] = self._scale * planted
+            chosen = torch.from_numpy(canary[canary >= 0]).to(value.device)
+            place = torch.from_numpy(local[canary >= 0]).to(value.device)
+            value[place] = self.scale * self.directions.gradients(key, chosen)
+        self._seen += len(positions)
         return found
-
-    def check_complete(self) -> None:
-        """Raise RuntimeError if a physical batch was never asked for."""
-        if next(self._pieces, None) is not None:
-            raise RuntimeError("the physical batches are not those that the audit foresaw")

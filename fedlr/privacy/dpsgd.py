@@ -29,6 +29,7 @@ from fedlr import checks
 from fedlr.kernels.clipped_sum import naive
 from fedlr.methods.method import PartKey, Role
 
+from .columns import Columns, UnitMatrix
 from .factored import Factored, dense
 from .noise import Stream
 
@@ -131,6 +132,8 @@ class ClippedSum:
         self._mechanism = mechanism
         self._sum = {key: torch.zeros(shape, device=device) for key, shape in shapes.items()}
         self._held: dict[int, dict[PartKey, Tensor]] = {}
+        self._columns: Columns | None = None
+        self._row = torch.zeros(0)  # of the sum of matrices, laid out by ``columns``
 
     def add(
         self,
@@ -146,9 +149,11 @@ class ClippedSum:
             units: The U units' identities within the logical batch.
             last: Whether a unit has no rows in later physical batches.
         """
-        ready: dict[PartKey, Tensor | Factored] = dict(gradients)
         keep = [position for position, done in enumerate(last) if done]
         touched = [p for p in range(len(units)) if not last[p] or units[p] in self._held]
+        if isinstance(gradients, UnitMatrix) and not touched and self._add_matrix(gradients):
+            return
+        ready: dict[PartKey, Tensor | Factored] = dict(gradients)
         if touched:
             whole = {key: value.clone() for key, value in dense(ready).items()}
             for position in touched:
@@ -168,6 +173,20 @@ class ClippedSum:
             for key in group.keys:
                 self._sum[key] += _clipped_sum(ready[key], factors)
 
+    def _add_matrix(self, gradients: UnitMatrix) -> bool:
+        """Clip and add whole units, all arrays of a group at once; False where none can be."""
+        if self._columns is None:
+            self._columns = gradients.columns
+            self._row = gradients.matrix.new_zeros(self._columns.width)
+        places = [self._columns.of(group.keys) for group in self._mechanism.groups]
+        if gradients.columns is not self._columns or None in places:
+            return False
+        for place, group in zip(places, self._mechanism.groups, strict=True):
+            part = gradients.matrix[:, place]
+            factors = naive.clip_factors(naive.squared_norms(part), group.bound)
+            self._row[place] += naive.clipped_sum(part, factors)
+        return True
+
     def result(self) -> dict[PartKey, Tensor]:
         """Return Σ_u clip(G_u), each array float32; zeros for an empty batch.
 
@@ -176,7 +195,9 @@ class ClippedSum:
         """
         if self._held:
             raise ValueError(f"{len(self._held)} units are incomplete; their last rows never came")
-        return self._sum
+        if self._columns is None:
+            return self._sum
+        return {key: v + self._columns.view(self._row, key) for key, v in self._sum.items()}
 
 
 def _squared_norms(gradients: Tensor | Factored) -> Tensor:

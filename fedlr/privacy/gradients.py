@@ -15,9 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fedlr import checks
 from fedlr.errors import ModelError
-from fedlr.kernels.clipped_sum.naive import sum_rows, unit_gradients
+from fedlr.kernels.clipped_sum.naive import sum_rows
 from fedlr.methods.method import PartKey
+
+from .columns import Columns, UnitMatrix
 
 Trained = Mapping[PartKey, nn.Parameter]
 """The parameters that train, by their wire address."""
@@ -29,7 +32,9 @@ LossOfRows = Callable[[Tensor], Tensor]
 class UnitGradients(Protocol):
     """Computes the gradient of every unit's summed loss with respect to each trained array."""
 
-    def __call__(self, losses: LossOfRows, unit_index: Tensor, units: int) -> dict[PartKey, Tensor]:
+    def __call__(
+        self, losses: LossOfRows, unit_index: Tensor, units: int
+    ) -> Mapping[PartKey, Tensor]:
         """Differentiate one physical batch.
 
         Args:
@@ -73,23 +78,35 @@ class CapturedGradients:
                 f"{missing[0].site}/{missing[0].role.value} is not the weight of a linear layer; "
                 "set kernels.gradients=autograd for such a head"
             )
+        shapes = {key: value.shape for key, value in self._trained.items()}
+        on_cpu = all(value.device.type == "cpu" for value in self._trained.values())
+        self._columns = Columns(shapes, narrow_first=on_cpu)
 
-    def __call__(self, losses: LossOfRows, unit_index: Tensor, units: int) -> dict[PartKey, Tensor]:
+    def __call__(
+        self, losses: LossOfRows, unit_index: Tensor, units: int
+    ) -> Mapping[PartKey, Tensor]:
         """See `UnitGradients`."""
-        totals = _zeros(self._trained, units)
-        rows = unit_index.shape[0]
+        rows, device = unit_index.shape[0], unit_index.device
+        found = UnitMatrix(torch.empty(units, self._columns.width, device=device), self._columns)
+        one_each = rows == units and torch.equal(unit_index, torch.arange(units, device=device))
+        index = None if one_each else unit_index
+        written: set[PartKey] = set()
 
         def add(layer: int, inputs: Tensor, delta: Tensor) -> None:
             _, weight, bias = self._layers[layer]
             tokens = delta.reshape(rows, -1, delta.shape[-1]).float()
             if weight is not None:
                 z = inputs.reshape(rows, -1, inputs.shape[-1]).float()
-                totals[weight].add_(unit_gradients(tokens, z, unit_index, units))
+                put_products(found[weight], (tokens, z), index, weight in written)
+                written.add(weight)
             if bias is not None:
-                totals[bias].add_(sum_rows(tokens.sum(1), unit_index, units))
+                _put(found[bias], tokens.sum(1), index, bias in written)
+                written.add(bias)
 
         self._differentiate(losses, unit_index, add)
-        return totals
+        for key in found.keys() - written:
+            found[key].zero_()
+        return found
 
     def _differentiate(
         self, losses: LossOfRows, unit_index: Tensor, add: Callable[[int, Tensor, Tensor], None]
@@ -258,3 +275,34 @@ def _zeros(trained: Trained, units: int) -> dict[PartKey, Tensor]:
         key: torch.zeros((units, *value.shape), dtype=torch.float32, device=value.device)
         for key, value in trained.items()
     }
+
+
+def put_products(
+    place: Tensor, factors: tuple[Tensor, Tensor], unit_index: Tensor | None, add: bool
+) -> None:
+    """Write, or add, the gradient of a weight for every unit: G_u = Σ_{rows i of u} δᵢᵀzᵢ.
+
+    Args:
+        place: Where they go, shape (U, m, n), float32; may be kept transposed.
+        factors: δ, shape (N, T, m), and z, shape (N, T, n), float32.
+        unit_index: Unit of each row, shape (N,), int64; None where row i is unit i.
+        add: Whether to add to what is in ``place``.
+    """
+    delta, z = factors
+    checks.same_shape("z (rows, tokens)", z.shape[:2], delta.shape[:2])
+    left, right, out = delta, z, place
+    if place.stride(-1) != 1:  # kept transposed, see `Columns`
+        left, right, out = z, delta, place.mT
+    if unit_index is None and not add:
+        torch.bmm(left.mT, right, out=out)
+    else:
+        _put(out, torch.bmm(left.mT, right), unit_index, add)
+
+
+def _put(place: Tensor, rows: Tensor, unit_index: Tensor | None, add: bool) -> None:
+    if unit_index is None:
+        place.add_(rows) if add else place.copy_(rows)
+        return
+    if not add:
+        place.zero_()
+    place.index_add_(0, unit_index, rows)

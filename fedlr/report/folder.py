@@ -6,15 +6,17 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from fedlr import __version__
 from fedlr.errors import RunError
+from fedlr.report.facts import FACTS_FILE
 from fedlr.report.records import write_atomically
 
 CONFIG_FILE = "config.json"
@@ -84,6 +86,36 @@ def create_run_folder(output: Path, name: str, now: datetime) -> Path:
     raise RunError(f"{parent} holds 1000 runs of this second; wait, or change name=")
 
 
+def make_run_folder(folder: Path) -> None:
+    """Make ``folder`` and what is above it; RunError where it exists or cannot be made."""
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise RunError(
+            f"the run folder {str(folder)!r} cannot be made: {error.strerror or error}; move what "
+            "is there away, or choose a folder of your own"
+        ) from error
+
+
+def remove_unbegun(folder: Path) -> None:
+    """Remove what a process that was killed before its run began has left in ``folder``.
+
+    Raises:
+        RunError: It cannot be removed, or it is a run: that is never removed.
+    """
+    if not folder.exists():
+        return
+    if (folder / FACTS_FILE).exists():
+        raise RunError(f"{str(folder)!r} is a run, with ledgers of what it spent; resume it")
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or folder} cannot be removed: {error.strerror or error}; remove the "
+            "folder by hand"
+        ) from error
+
+
 def _check_name(name: str) -> None:
     if not name or not all(letter.isalnum() or letter in "._-" for letter in name):
         raise RunError(f"name = {name!r} must be letters, digits, '.', '_' or '-'; change it")
@@ -98,16 +130,17 @@ def write_config(folder: Path, config_json: str) -> None:
     """
     content: Mapping[str, Any] = {
         "config": json.loads(config_json),
-        "versions": {"fedlr": __version__, "python": platform.python_version(), **_versions()},
-        "git_revision": _git_revision(),
+        "versions": {"fedlr": __version__, "python": platform.python_version(), **versions()},
+        "git_revision": git_revision(),
     }
     text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_atomically(folder / CONFIG_FILE, text.encode())
 
 
-def _versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Return the version of each of ``packages`` that is installed."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -115,7 +148,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
     """Commit of the checkout this code runs from, ``+changes`` where it is edited; else None."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():

@@ -14,46 +14,20 @@ as in any physical batch (`fedlr.training.local` bounds what that can amount to)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlr.data.batching import Integers, UnitIndex
+from fedlr.data.batching import Integers, UnitIndex, moved
 from fedlr.methods.method import PartKey
-from fedlr.privacy.dpsgd import ClippedSum, Mechanism, private_gradient
 from fedlr.privacy.gradients import CapturedGradients, owning_layers
 
-from .local import LocalTask, LocalTrainer, draw_rows
+from .local import LocalTrainer
+from .task import LocalTask, Member
 
 Arrays = dict[PartKey, Tensor]
-
-
-@dataclass(frozen=True)
-class _Member:
-    """One client of a fused round.
-
-    Attributes:
-        task: What it does.
-        units: Its rows.
-        trained: Its own copy of the arrays that train.
-        optimizer: Over them.
-    """
-
-    task: LocalTask
-    units: UnitIndex
-    trained: dict[PartKey, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-
-    @property
-    def mechanism(self) -> Mechanism:
-        """Its clip and noise; `can_fuse` let nothing pass that has none."""
-        if self.task.mechanism is None:
-            raise ValueError("task.mechanism is None; only private tasks are fused")
-        return self.task.mechanism
 
 
 def train_together(
@@ -83,23 +57,10 @@ def train_together(
     for task, own in zip(tasks, units, strict=True):
         shared = trainer.begin(task)
         trained = {key: nn.Parameter(value.detach().clone()) for key, value in shared.items()}
-        members.append(_Member(task, own, trained, trainer.optimizer(trained)))
+        members.append(Member(task, own, trained, trainer.optimizer(trained)))
     gradients = CapturedGradients(trainer.classifier, shared)
-    rows = RowWise(trainer.classifier, shared)
-    for _ in range(trainer.settings.steps):
-        sums = _clipped_sums(trainer, members, gradients, rows)
-        for member, clipped in zip(members, sums, strict=True):
-            direction = private_gradient(clipped, member.mechanism, member.task.noise)
-            for key, parameter in member.trained.items():
-                parameter.grad = direction[key]
-            member.optimizer.step()
-    return [
-        {
-            key: value.detach().to("cpu", torch.float32, copy=True)
-            for key, value in m.trained.items()
-        }
-        for m in members
-    ]
+    trainer.run(members, gradients, RowWise(trainer.classifier, shared).of)
+    return [member.result() for member in members]
 
 
 def can_fuse(trainer: LocalTrainer, tasks: Sequence[LocalTask]) -> bool:
@@ -125,51 +86,6 @@ def can_fuse(trainer: LocalTrainer, tasks: Sequence[LocalTask]) -> bool:
     return True
 
 
-def _clipped_sums(
-    trainer: LocalTrainer, members: Sequence[_Member], gradients: CapturedGradients, rows: RowWise
-) -> list[Arrays]:
-    """Draw a batch for each member, and return each one's sum of clipped gradients."""
-    drawn = [draw_rows(m.task, m.units, trainer.row_limit(m.task)) for m in members]
-    counts = [int(index.max(initial=-1)) + 1 for _, index in drawn]
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    all_rows = np.concatenate([own for own, _ in drawn])
-    all_units = np.concatenate(
-        [index + start for (_, index), start in zip(drawn, starts[:-1], strict=True)]
-    )
-    owner = np.repeat(np.arange(len(members)), counts)
-    shapes = {key: value.shape for key, value in members[0].trained.items()}
-    sums = [ClippedSum(m.mechanism, shapes, trainer.device) for m in members]
-    remaining = np.bincount(all_units, minlength=int(starts[-1]))
-    stacked = {key: torch.stack([m.trained[key].detach() for m in members]) for key in shapes}
-    for batch in trainer.physical(all_rows, all_units):
-        of_row = batch.unit_index.cpu().numpy()
-        found, local = np.unique(of_row, return_inverse=True)
-        remaining -= np.bincount(of_row, minlength=len(remaining))
-        with rows.each_its_own(stacked, torch.from_numpy(owner[of_row]).to(trainer.device)):
-            losses = partial(trainer.classifier.losses, batch)
-            each = gradients(losses, torch.from_numpy(local).to(trainer.device), len(found))
-        for index in np.unique(owner[found]):
-            _add(sums[index], each, found, np.flatnonzero(owner[found] == index), remaining)
-    return [total.result() for total in sums]
-
-
-def _add(
-    total: ClippedSum,
-    each: Mapping[PartKey, Tensor],
-    found: Integers,
-    mine: Integers,
-    left: Integers,
-) -> None:
-    """Give one member its units of a physical batch; ``left`` counts rows still to come."""
-    units = found[mine]
-    chosen = torch.from_numpy(mine)
-    total.add(
-        {key: value[chosen.to(value.device)] for key, value in each.items()},
-        units.tolist(),
-        (left[units] == 0).tolist(),
-    )
-
-
 class RowWise:
     """Linear layers whose trained arrays differ from row to row.
 
@@ -180,6 +96,18 @@ class RowWise:
 
     def __init__(self, model: nn.Module, trained: Mapping[PartKey, nn.Parameter]) -> None:
         self._layers = owning_layers(model, trained)
+
+    def of(
+        self, arrays: Sequence[Mapping[PartKey, Tensor]]
+    ) -> Callable[[Integers], AbstractContextManager[None]]:
+        """Return what gives each row the arrays of its client, see `each_its_own`.
+
+        Args:
+            arrays: The trained arrays of each client, of equal keys and shapes.
+        """
+        stacked = {key: torch.stack([own[key].detach() for own in arrays]) for key in arrays[0]}
+        device = next(iter(stacked.values())).device
+        return lambda owner: self.each_its_own(stacked, moved(torch.from_numpy(owner), device))
 
     @contextmanager
     def each_its_own(self, stacked: Mapping[PartKey, Tensor], owner: Tensor) -> Iterator[None]:

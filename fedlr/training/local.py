@@ -6,13 +6,13 @@ rows of the shared token array. The private step itself is `fedlr.privacy.dpsgd`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -23,19 +23,34 @@ from fedlr.data.batching import (
     Integers,
     TokenisedDataset,
     UnitIndex,
-    keep_at_most,
     moved,
     physical_positions,
 )
 from fedlr.kernels.dispatch import ClippedSum as ClippedSumKernel
 from fedlr.methods.method import MODEL_ROLES, PartKey, Parts, Role
-from fedlr.privacy.dpsgd import ClippedSum, Mechanism, private_gradient
-from fedlr.privacy.factored import Factored, FactoredGradients
+from fedlr.privacy.columns import UnitMatrix
+from fedlr.privacy.dpsgd import ClippedSum, private_gradient
+from fedlr.privacy.factored import Factored, FactoredGradients, dense
 from fedlr.privacy.gradients import GRADIENTS, UnitGradients
-from fedlr.privacy.noise import Stream
 
 from .classifier import Classifier
 from .precision import OwnShapeGradients, fill, own_shape_positions
+from .task import Drawn, LocalTask, Member, draw_rows
+
+__all__ = [
+    "LARGEST_HEAD",
+    "LARGEST_UPDATE",
+    "LocalSettings",
+    "LocalTask",
+    "LocalTrainer",
+    "RowArrays",
+    "draw_rows",
+]
+
+RowArrays = Callable[
+    [Sequence[Mapping[PartKey, Tensor]]], Callable[[Integers], AbstractContextManager[None]]
+]
+"""Arrays of each member → member of each row → within, a row is multiplied with its own."""
 
 LARGEST_UPDATE = 30.0
 """Largest accepted s·‖B‖·‖A‖ of a broadcast, in units of ‖W‖ (Frobenius)."""
@@ -97,70 +112,9 @@ class LocalSettings:
             checks.at_least("tokens_per_batch", self.tokens_per_batch, 1)
 
 
-@dataclass(frozen=True)
-class LocalTask:
-    """What one client does in one round.
-
-    Attributes:
-        parts: Broadcast arrays, written before the first step; the others start
-            as they were when the trainer was made (B = 0), not as an earlier
-            client or round left them.
-        train: Roles that train.
-        sample_rate: q, probability of each unit in each step.
-        mechanism: Clip, noise and divisor; None trains plainly (privacy off).
-        sampling: Stream of the Poisson draws and of the choice of rows.
-        noise: Stream of the noise.
-        rows_per_user: The site's own bound on rows of one unit in a step, where it is
-            smaller than that of the settings; None has none.
-    """
-
-    parts: Parts
-    train: frozenset[Role]
-    sample_rate: float
-    mechanism: Mechanism | None
-    sampling: Stream
-    noise: Stream
-    rows_per_user: int | None = None
-
-
-def draw_rows(
-    task: LocalTask, units: UnitIndex, rows_per_user: int | None
-) -> tuple[Integers, Integers]:
-    """Draw the units of one step, and of each of them the rows that stand for it.
-
-    The gradient of a unit is the *sum* over its chosen rows, clipped to C; it is not
-    divided by their number, nor scaled up for rows left out. A cap costs no privacy and
-    credits none: whichever rows stand for a unit, they are clipped as one, so the unit
-    moves the sum by at most C. The choice reads no other unit, so that for any fixed
-    choice of rows neighbours differ in one term, and the step is a mixture, with weights
-    that are the same for both, of the mechanisms that the accountant knows.
-
-    Args:
-        task: Its rate and its sampling stream.
-        units: The client's rows by unit.
-        rows_per_user: m, most rows of one unit; None takes all and leaves the stream
-            to the Poisson draws alone.
-
-    Returns:
-        (rows, unit_index) as `UnitIndex.rows_of`; both empty for an empty draw.
-
-    Guarantees:
-        The stream is read by the same amount for the same units drawn, however many
-        rows they have.
-    """
-    drawn = task.sampling.poisson_sample(units.count, task.sample_rate)
-    rows, unit_index = units.rows_of(drawn)
-    if rows_per_user is None:
-        return rows, unit_index
-    uniform = _uniform(task.sampling, len(drawn) * rows_per_user)
-    return keep_at_most(rows, unit_index, rows_per_user, uniform.reshape(-1, rows_per_user))
-
-
-def _uniform(stream: Stream, count: int) -> npt.NDArray[np.float64]:
-    """Return uniforms in [0, 1) of 32 bits, each bit a unit drawn at rate ½."""
-    bits = np.zeros(32 * count, dtype=np.uint8)
-    bits[stream.poisson_sample(len(bits), 0.5)] = 1
-    return np.packbits(bits).view(">u4") * 2.0**-32
+def _of_the_model(_: Sequence[Mapping[PartKey, Tensor]]) -> Callable[[Integers], nullcontext[None]]:
+    """The `RowArrays` of one member that trains the model's own."""
+    return lambda _owner: nullcontext()
 
 
 class LocalTrainer:
@@ -249,20 +203,33 @@ class LocalTrainer:
                 which would void the amplification that the accountant credits.
         """
         trained = self.begin(task)
-        gradients = self._unit_gradients(trained)
-        optimizer = self.optimizer(trained)
-        limit = self.row_limit(task)
+        member = Member(task, units, trained, self.optimizer(trained))
+        self.run([member], self._unit_gradients(trained))
+        return member.result()
+
+    def run(
+        self, members: Sequence[Member], gradients: UnitGradients, arrays: RowArrays = _of_the_model
+    ) -> None:
+        """Take every step of the round: the one loop, for a client alone and for several.
+
+        Args:
+            members: At least one; only private ones share passes.
+            gradients: Of the arrays that train.
+            arrays: Gives each row its own member's arrays; by default there is one member,
+                whose arrays are the model's.
+        """
         for _ in range(self.settings.steps):
-            drawn = draw_rows(task, units, limit)
-            if task.mechanism is None:
-                direction = self._plain_gradient(trained, *drawn)
+            drawn = Drawn.of([draw_rows(m.task, m.units, self.row_limit(m.task)) for m in members])
+            if members[0].task.mechanism is None:
+                directions = [self._plain_gradient(members[0].trained, drawn)]
             else:
-                clipped = self._clipped_sum(gradients, trained, task.mechanism, *drawn)
-                direction = private_gradient(clipped, task.mechanism, task.noise)
-            for key, parameter in trained.items():
-                parameter.grad = direction[key]
-            optimizer.step()
-        return self._adapted.read(task.train)
+                sums = self._clipped_sums(members, gradients, drawn, arrays)
+                directions = [
+                    private_gradient(clipped, member.mechanism, member.task.noise)
+                    for member, clipped in zip(members, sums, strict=True)
+                ]
+            for member, direction in zip(members, directions, strict=True):
+                member.step(direction)
 
     def begin(self, task: LocalTask) -> dict[PartKey, nn.Parameter]:
         """Write what was broadcast into the model, and return the parameters that train.
@@ -295,65 +262,88 @@ class LocalTrainer:
         bounds = (self.settings.rows_per_user, task.rows_per_user)
         return min((bound for bound in bounds if bound is not None), default=None)
 
-    def _clipped_sum(
+    def _clipped_sums(
+        self,
+        members: Sequence[Member],
+        gradients: UnitGradients,
+        drawn: Drawn,
+        arrays: RowArrays,
+    ) -> list[dict[PartKey, Tensor]]:
+        """Clip and sum each member's logical batch, physical batch after physical batch."""
+        shapes = {key: value.shape for key, value in members[0].trained.items()}
+        sums = [ClippedSum(m.mechanism, shapes, self.device) for m in members]
+        arrays_of = arrays([member.trained for member in members])
+        left = np.bincount(drawn.unit_index, minlength=len(drawn.owner))  # rows still to come
+        for positions, batch in self.physical(drawn.rows, drawn.unit_index):
+            index = drawn.unit_index[positions]  # as batch.unit_index, without waiting for a GPU
+            left -= np.bincount(index, minlength=len(left))
+            units, local = _numbered(index)
+            with arrays_of(drawn.owner[index]):
+                each = self._differentiate(gradients, batch, positions, local, len(units))
+            for member in np.unique(drawn.owner[units]):
+                mine = np.flatnonzero(drawn.owner[units] == member)
+                whole = len(mine) == len(units)
+                sums[member].add(
+                    each if whole else _chosen(each, mine),
+                    units[mine].tolist(),
+                    (left[units[mine]] == 0).tolist(),
+                )
+        return [total.result() for total in sums]
+
+    def _differentiate(
         self,
         gradients: UnitGradients,
-        trained: Mapping[PartKey, nn.Parameter],
-        mechanism: Mechanism,
-        rows: np.ndarray,
-        unit_index: np.ndarray,
-    ) -> dict[PartKey, Tensor]:
-        """Clip and sum one logical batch, physical batch after physical batch."""
-        shapes = {key: value.shape for key, value in trained.items()}
-        total = ClippedSum(mechanism, shapes, self.device)
-        remaining = np.bincount(unit_index) if len(unit_index) else np.zeros(0, dtype=np.int64)
-        batches = self.physical(rows, unit_index)
-        for piece, batch in zip(self.pieces(rows), batches, strict=True):
-            index = unit_index[piece]  # as batch.unit_index, without waiting for a GPU
-            units, local, counts = np.unique(index, return_inverse=True, return_counts=True)
-            if len(units) == len(local):  # one row each: keep the batch's own order
-                units, local = index, np.arange(len(local))
-                counts = np.ones_like(units)
-            remaining[units] -= counts
-            losses = partial(self.classifier.losses, batch)
-            local_index = moved(torch.from_numpy(local), self.device)
-            found: Mapping[PartKey, Tensor | Factored] = (
-                gradients.factored(losses, local_index, len(units))
-                if isinstance(gradients, FactoredGradients)
-                else gradients(losses, local_index, len(units))
-            )
-            total.add(found, units.tolist(), (remaining[units] == 0).tolist())
-        return total.result()
+        batch: Batch,
+        positions: Integers,
+        local: Integers,
+        units: int,
+    ) -> Mapping[PartKey, Tensor | Factored]:
+        """Return the gradients of the units of one pass.
+
+        Args:
+            gradients: Of the arrays that train.
+            batch: What `physical` yields.
+            positions: Likewise.
+            local: Unit within the pass of each row of ``positions``, in [0, units).
+            units: Their number.
+        """
+        losses = partial(self.classifier.losses, batch)
+        unit_index = moved(torch.from_numpy(local), self.device)
+        if isinstance(gradients, FactoredGradients):
+            return gradients.factored(losses, unit_index, units)
+        return gradients(losses, unit_index, units)
 
     def _plain_gradient(
-        self, trained: Mapping[PartKey, nn.Parameter], rows: np.ndarray, unit_index: np.ndarray
+        self, trained: Mapping[PartKey, nn.Parameter], drawn: Drawn
     ) -> dict[PartKey, Tensor]:
         """Mean gradient of the drawn rows; zeros for an empty draw."""
         total = {key: torch.zeros_like(value) for key, value in trained.items()}
-        for batch in self.physical(rows, unit_index):
-            loss = self.classifier.losses(batch).sum() / len(rows)
+        for _, batch in self.physical(drawn.rows, drawn.unit_index):
+            loss = self.classifier.losses(batch).sum() / len(drawn.rows)
             found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
             for key, gradient in zip(trained, found, strict=True):
                 if gradient is not None:
                     total[key] += gradient
         return total
 
-    def pieces(self, rows: np.ndarray) -> list[Integers]:
-        """Return the positions in ``rows`` of each batch that `physical` yields, in its order."""
-        size, longest = self.settings.physical_batch, self.settings.own_shapes
-        if longest is not None:
-            return own_shape_positions(self._lengths[rows], size, longest)
-        return physical_positions(self._lengths[rows], size, self.settings.tokens_per_batch)
+    def physical(self, rows: Integers, unit_index: Integers) -> Iterator[tuple[Integers, Batch]]:
+        """Cut a logical batch, as `draw_rows` returns it, into physical ones on the device.
 
-    def physical(self, rows: np.ndarray, unit_index: np.ndarray) -> Iterator[Batch]:
-        """Cut a logical batch, as `draw_rows` returns it, into physical ones on the device."""
-        settings = self.settings
-        for piece in self.pieces(rows):
+        Yields:
+            (positions, batch): the positions in ``rows`` of the batch's rows, in its order.
+            With ``own_shapes`` the batch has more rows, of padding, behind them.
+        """
+        settings, lengths = self.settings, self._lengths[rows]
+        size, longest = settings.physical_batch, settings.own_shapes
+        if longest is None:
+            pieces = physical_positions(lengths, size, settings.tokens_per_batch)
+        else:
+            pieces = own_shape_positions(lengths, size, longest)
+        for piece in pieces:
             batch = self._data.batch(rows[piece], unit_index[piece])
-            if settings.own_shapes is not None:
-                pad = self._data.pad_token_id
-                batch = fill(batch, settings.physical_batch, settings.own_shapes, pad)
-            yield batch.to(self.device)
+            if longest is not None:
+                batch = fill(batch, size, longest, self._data.pad_token_id)
+            yield piece, batch.to(self.device)
 
     def optimizer(self, trained: Mapping[PartKey, nn.Parameter]) -> torch.optim.Optimizer:
         """Return a fresh optimiser over ``trained``: its state lives for one round."""
@@ -371,3 +361,21 @@ class LocalTrainer:
         if settings.optimizer == "adam":
             return torch.optim.Adam(groups)
         return torch.optim.SGD(groups, momentum=settings.momentum)
+
+
+def _numbered(unit_index: Integers) -> tuple[Integers, Integers]:
+    """Return the units of one pass, and for each row the place of its unit among them."""
+    units, local = np.unique(unit_index, return_inverse=True)
+    if len(units) == len(unit_index):  # one row each: keep the batch's own order
+        return unit_index, np.arange(len(unit_index))
+    return units, local
+
+
+def _chosen(
+    each: Mapping[PartKey, Tensor | Factored], units: Integers
+) -> Mapping[PartKey, Tensor | Factored]:
+    """Return the gradients of some units of a pass."""
+    chosen = torch.from_numpy(units)
+    if isinstance(each, UnitMatrix):
+        return each.chosen(moved(chosen, each.matrix.device))
+    return {key: value[chosen.to(value.device)] for key, value in dense(each).items()}

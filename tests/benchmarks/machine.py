@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from fedlr.report.folder import git_revision, versions
 
 from .ratios import clock
 
@@ -24,13 +24,14 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "torch_threads": _threads(),
+        "gpu": _gpu(),
         "clock": clock(),
         "memory_bytes": _memory(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "os": platform.platform(),
         "python": platform.python_version(),
-        "versions": _versions(),
-        "revision": _revision(),
+        "versions": versions(PACKAGES),
+        "revision": git_revision(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -43,6 +44,7 @@ def line(machine: dict[str, Any]) -> str:
         str(machine["cpu"]),
         f"{cores} cores, {threads or '?'} threads",
         "memory unknown" if memory is None else f"{memory / 2**30:.0f} GiB",
+        *([] if machine.get("gpu") is None else [str(machine["gpu"])]),
         str(machine["os"]),
         f"Python {machine['python']}, torch {machine['versions'].get('torch', '?')}",
         f"revision {machine['revision'] or 'unknown'}",
@@ -75,38 +77,19 @@ def _threads() -> int | None:
     return None if torch is None else int(torch.get_num_threads())
 
 
+def _gpu() -> str | None:
+    """Name, memory and toolkit of the CUDA device; None without one, or without torch."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    capability = f"{found.major}.{found.minor}"
+    toolkit = f"CUDA {torch.version.cuda}, capability {capability}"
+    return f"{found.name}, {found.total_memory / 2**30:.0f} GiB, {toolkit}"
+
+
 def _memory() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _revision() -> str | None:
-    """Commit of the checkout, ``+changes`` where it is edited; None outside of one."""
-    words = (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
-    try:
-        head, changes = (
-            subprocess.run(
-                ["git", *arguments],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=True,
-            ).stdout.strip()
-            for arguments in words
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return f"{head}+changes" if changes else head

@@ -141,8 +141,7 @@ def test_a_missing_or_wrong_clip_is_caught(wrong: Any, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("together", [1, 3])
 def test_clipping_each_pass_alone_is_caught(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
-    place = "fused" if together > 1 else "local"
-    monkeypatch.setattr(f"fedlr.training.{place}.ClippedSum", Piecewise)
+    monkeypatch.setattr("fedlr.training.local.ClippedSum", Piecewise)
     finding = ask("clip", subject(kernels={"fused_clients": together}))
     assert not finding.passed
     assert "bound 1.00001 C" in finding.detail
@@ -184,8 +183,7 @@ def test_a_skipped_empty_batch_is_caught(monkeypatch: pytest.MonkeyPatch, togeth
             return dict(clipped)
         return real(clipped, mechanism, stream)
 
-    place = "fused" if together > 1 else "local"
-    monkeypatch.setattr(f"fedlr.training.{place}.private_gradient", skipping)
+    monkeypatch.setattr("fedlr.training.local.private_gradient", skipping)
     finding = ask("noise", subject(kernels={"fused_clients": together}))
     assert not finding.passed
     assert "0.000 in an empty one" in finding.detail

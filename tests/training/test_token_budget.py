@@ -62,9 +62,10 @@ def test_no_pass_is_larger_than_both_bounds_allow() -> None:
     """20 tokens: 12, 12, 9+8, then rows of 7, 6 (two), 5, 4, 3 (three) under at most four rows."""
     trainer = tiny().trainer(DATA, physical_batch=4, tokens_per_batch=20)
     every = np.arange(len(LENGTHS))
-    shapes = [tuple(batch.input_ids.shape) for batch in trainer.physical(every, every)]
+    passes = list(trainer.physical(every, every))
+    shapes = [tuple(batch.input_ids.shape) for _, batch in passes]
     assert shapes == [(1, 12), (1, 12), (2, 9), (2, 7), (4, 5), (2, 3)]
-    assert sorted(np.concatenate(trainer.pieces(every)).tolist()) == every.tolist()
+    assert sorted(np.concatenate([rows for rows, _ in passes]).tolist()) == every.tolist()
     with pytest.raises(ValueError, match="tokens_per_batch = 0 must be ≥ 1"):
         settings(tokens_per_batch=0)
 
