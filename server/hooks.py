@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fedlr.methods.method import Parts
+from fedlr.methods.method import GlobalState, Parts
 from fedlr.report.live import Progress, SilentProgress
 from fedlr.report.records import RoundLog
 from server.outcome import Checkpoint
@@ -60,6 +60,17 @@ class NoJournal:
         """Do nothing."""
 
 
+class Recorder(Protocol):
+    """Gets the state after every completed round, before the round's own record is written.
+
+    A round that a resumed run repeats is recorded again.
+    """
+
+    def record(self, state: GlobalState) -> None:
+        """Keep what is to be known of ``state``, which must stay as it is."""
+        ...
+
+
 @dataclass(frozen=True)
 class Hooks:
     """Everything a run calls; none of it changes the model.
@@ -69,9 +80,11 @@ class Hooks:
         log: Gets one record per round; None writes none.
         progress: The display.
         journal: Durable memory.
+        recorder: Gets the state after each round (`server.spectra`); None keeps none.
     """
 
     evaluate: Evaluate | None = None
     log: RoundLog | None = None
     progress: Progress = field(default_factory=SilentProgress)
     journal: Journal = field(default_factory=NoJournal)
+    recorder: Recorder | None = None

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fedlr.build import Workbench
-from fedlr.config import RunConfig
+from fedlr.config import DataConfig, RunConfig, to_json
 from fedlr.errors import LedgerError
 from fedlr.orders import SiteOrder
 from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report.facts import RunFacts
+from fedlr.report.page import run
 from fedlr.report.plots import curves
 from fedlr.report.records import SUMMARY_FILE, ClientSummary, Summary, write_summary
+from fedlr.report.spectra import write_intruders
+from fedlr.report.stops import BOUNDS, stops
 from fedlr.restore import RunModel, save_result
 from server.outcome import Checkpoint, Outcome
-
-BOUNDS = {
-    "budget": "the round would have exceeded its ε",
-    "run_budget": "the round would have exceeded its ε for one run",
-    "month_budget": "the round would have exceeded its ε for thirty days",
-    "max_joins": "it had joined as often as its noise allows",
-}
-"""Codes of sites that stop because they have given what they may, in words."""
+from server.spectra import base_weights, intruders_of
 
 
 def so_far(checkpoint: Checkpoint) -> Outcome:
@@ -136,15 +134,10 @@ def _or_unbounded(epsilon: float | None) -> float:
 
 def _spent_out(outcome: Outcome) -> tuple[str, ...]:
     """Return a sentence for every client that stopped because a bound of its own was reached."""
-    first: dict[str, tuple[int, str]] = {}
-    for record in outcome.records:
-        for refusal in record.refused:
-            if refusal.code in BOUNDS:
-                first.setdefault(refusal.client, (record.round, refusal.code))
     return tuple(
         f"{client} took part in {_rounds(outcome.joins.get(client, 0))} and stopped before round "
         f"{number}: {BOUNDS[code]} ({code})."
-        for client, (number, code) in sorted(first.items())
+        for client, (number, code) in stops(outcome.records).items()
     )
 
 
@@ -173,11 +166,24 @@ def _spent(epsilon: Mapping[str, float], client: str, mode: str) -> float | None
 
 
 def write_results(workbench: Workbench, outcome: Outcome, summary: Summary, folder: Path) -> None:
-    """Write ``adapter/``, ``curves.png`` and, last of all, ``summary.json`` into ``folder``.
+    """Write ``adapter/``, plot, summary and page of a run into ``folder``.
 
-    Without a completed round there is no trained model, and no ``adapter/``.
+    ``summary.json`` comes after everything that a reader of it looks for; the page, which
+    shows it, comes last. Without a completed round there is no trained model, and no
+    ``adapter/``.
     """
     if summary.rounds:
         save_result(RunModel.of(workbench), outcome.parts, summary, folder / "adapter")
+        adapted = workbench.adapted
+        found = intruders_of(adapted.sites, base_weights(adapted), outcome.parts)
+        write_intruders(folder, found)
     curves(outcome.records, summary, folder / "curves.png")
     write_summary(folder / SUMMARY_FILE, summary)
+    run.write(folder, None, plain_default(), figures=False, ended=True)
+
+
+def plain_default() -> Mapping[str, Any]:
+    """Return what ``fedlr simulate`` composes without a word; a test compares it with ``conf/``."""
+    config = replace(RunConfig(), data=DataConfig(public=True))
+    mapping: Mapping[str, Any] = json.loads(to_json(config))
+    return mapping

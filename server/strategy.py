@@ -228,6 +228,8 @@ class FederatedStrategy(Strategy):
         state, at = opened.state, self._at
         due = state.round % self.config.evaluate_every == 0 or state.round == self.config.rounds
         accuracy, loss = self._measure(state) if due else (None, None)
+        if self._hooks.recorder is not None:
+            self._hooks.recorder.record(state)
         joins, steps = dict(at.joins), dict(at.steps)
         for client, count in opened.steps.items():
             joins[client] = joins.get(client, 0) + 1

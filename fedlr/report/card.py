@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
+from fedlr.report import promise
 from fedlr.report.records import Summary
 from fedlr.report.units import percent, printable, privacy_loss
 
@@ -30,6 +31,7 @@ class Loading:
         pairs: Whether an example is two texts.
         padding: Whether the tokenizer can pad, so that several texts fit in one call.
         rounds: Rounds that the run was to have.
+        four_bit: Whether the base's linear layers were in 4 bits (NF4) in training.
     """
 
     form: Form
@@ -41,6 +43,7 @@ class Loading:
     pairs: bool
     padding: bool
     rounds: int
+    four_bit: bool = False
 
 
 def card(summary: Summary, loading: Loading) -> str:
@@ -67,13 +70,14 @@ def loader(summary: Summary, loading: Loading) -> str:
     """
     adapter, drawn = loading.form == "adapter", loading.random_seed is not None
     config = "AutoConfig, " if adapter and drawn else ""
+    bits = ", BitsAndBytesConfig" if _in_four_bits(loading) else ""
     scaled = loading.feature_scale is not None and loading.head != "random_cls"
     lines = [
         "import torch",
         *(["from peft import PeftModel"] if adapter else []),
         "from safetensors.torch import load_file",
         f"from torch.nn.functional import linear{', normalize' if scaled else ''}",
-        f"from transformers import {config}AutoModel, AutoTokenizer",
+        f"from transformers import {config}AutoModel, AutoTokenizer{bits}",
         "",
         *([f"base = {_literal(summary.model)}  # or a folder that holds it"] if adapter else []),
         'folder = "."  # the folder of this file',
@@ -99,10 +103,13 @@ def _front_matter(summary: Summary, loading: Loading) -> str:
 def _what(summary: Summary, loading: Loading) -> str:
     labels = ", ".join(f"`{printable(name)}`" for name in summary.label_names)
     model = printable(summary.model)
+    stored = " in 4 bits (NF4)" if loading.four_bit else ""
+    rounded = ", rounded to 4 bits (NF4) and written out in float32," if loading.four_bit else ""
     what = (
-        f"A LoRA adapter for `{model}` and a classification head"
+        f"A LoRA adapter for `{model}`{stored} and a classification head"
         if loading.form == "adapter"
-        else f"`{model}` with a LoRA adapter merged into its weights, and a classification head"
+        else f"`{model}`{rounded} with a LoRA adapter merged into its weights, and a "
+        "classification head"
     )
     example = "a pair of texts" if loading.pairs else "a text"
     text = (
@@ -138,28 +145,21 @@ where the data are not public), over {sites} sites.
 
 
 def _privacy(summary: Summary) -> str:
-    if summary.privacy_mode == "none":
-        return "## Privacy\n\nNone: the sites' updates were not protected (`privacy.mode=none`)."
-    if summary.privacy_mode == "dry":
-        return (
-            "## Privacy\n\nNone: ε = ∞. The run was dry, the private path without its noise "
-            "(`privacy.mode=dry`)."
-        )
-    what = "all rows of one user" if summary.unit == "user" else "one training example"
+    if summary.privacy_mode in promise.UNPROTECTED:
+        return f"## Privacy\n\n{promise.UNPROTECTED[summary.privacy_mode]}"
+    unit = summary.unit or "example"
     return f"""## Privacy
 
-What each site released for this model is (ε, δ)-differentially private; noise was added at the \
-site.
+{promise.GUARANTEE}
 
 | | |
 | --- | --- |
 | ε | ≤ {privacy_loss(summary.epsilon_max)}, the largest over the sites |
 | δ | {summary.delta:g} |
-| unit | `{summary.unit}`: neighbouring data differ by adding or removing {what} of one site |
+| unit | `{unit}`: {promise.neighbours(unit)} |
 | accountant | `{summary.accountant}` |
 
-The number covers this run, its resumes included, and nothing else: every other run on the same \
-data adds to it."""
+{promise.SCOPE}"""
 
 
 def _limits(summary: Summary, loading: Loading) -> str:
@@ -177,11 +177,7 @@ def _limits(summary: Summary, loading: Loading) -> str:
             )
         lines.append(text)
     if private:
-        lines.append(
-            "Not covered by ε: what is public by declaration (sizes of the sites, label names, "
-            "validation split, settings), settings chosen after other runs on the same data, "
-            "what the base model had learned before, timing, and that a site failed."
-        )
+        lines.append(promise.NOT_COVERED)
     lines.append("Updates that were poisoned within the norm bound would not have been noticed.")
     lines += [printable(notice) for notice in summary.notices]
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
@@ -211,6 +207,16 @@ def _encoder(loading: Loading) -> list[str]:
     if loading.form == "merged":
         return ["encoder = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()"]
     model = f"AutoModel.from_pretrained(base{_revision(loading)}, dtype=torch.float32)"
+    if _in_four_bits(loading):
+        return [
+            "four_bits = BitsAndBytesConfig(  # pip install bitsandbytes",
+            '    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,',
+            "    bnb_4bit_compute_dtype=torch.float32,",
+            ")",
+            "encoder = PeftModel.from_pretrained(",
+            f"    {model[:-1]}, quantization_config=four_bits), folder",
+            ").eval()",
+        ]
     if loading.random_seed is None:
         return [f"encoder = PeftModel.from_pretrained({model}, folder).eval()"]
     settings = f"AutoConfig.from_pretrained(base{_revision(loading)})"
@@ -220,6 +226,11 @@ def _encoder(loading: Loading) -> list[str]:
         f"    AutoModel.from_config({settings}, dtype=torch.float32), folder",
         ").eval()",
     ]
+
+
+def _in_four_bits(loading: Loading) -> bool:
+    """Whether the loader rounds the base; one that it draws again stays in float32."""
+    return loading.four_bit and loading.form == "adapter" and loading.random_seed is None
 
 
 def _inputs(loading: Loading) -> list[str]:

@@ -365,7 +365,9 @@ def _sweep_table(runs: Sequence[RunForecast], composed: Composed) -> Table:
     table = _table("run", ["ε max"])
     for run in runs:
         _add(table, _title(run), [units.privacy_loss(run.epsilon_max)])
-    name = f"all {len(runs)} runs composed, at δ = {composed.delta:.2g}"
+    private = sum(run.privacy_mode == "dp" for run in runs)
+    which = "all" if private == len(runs) else "the noised"
+    name = f"{which} {private} runs composed, at δ = {composed.delta:.2g}"
     _add(table, name, [units.privacy_loss(composed.epsilon_max)])
     return table
 

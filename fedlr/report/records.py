@@ -18,6 +18,7 @@ from pathlib import Path
 from fedlr import checks
 from fedlr.errors import RunError
 from fedlr.report import strict_json
+from fedlr.report.lines import LineLog, read_lines
 
 ROUNDS_FILE, SUMMARY_FILE = "rounds.jsonl", "summary.json"
 """Their names in a run folder."""
@@ -227,80 +228,21 @@ class Summary:
             raise ValueError(f"epsilon_max = {given[0]} must be ∞: a dry run adds no noise")
 
 
-class RoundLog:
-    """Appends records to ``rounds.jsonl``, one durable line each.
-
-    Opening an existing log continues it: a line that a crash left without its
-    newline is cut off first, so that the next one starts on its own line.
-
-    Args:
-        path: The file; its folder must exist.
-
-    Raises:
-        RunError: The file cannot be written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        try:
-            with self.path.open("ab+") as file:
-                file.seek(0)
-                committed = file.read().rfind(b"\n") + 1
-                file.truncate(committed)
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error.strerror}") from error
-
-    def append(self, record: RoundRecord) -> None:
-        """Write one line and wait until it is on the disk.
-
-        Raises:
-            RunError: The line could not be written whole; none of it is kept.
-        """
-        line = strict_json.encode(record).encode() + b"\n"
-        try:
-            with self.path.open("ab", buffering=0) as file:
-                before = os.fstat(file.fileno()).st_size
-                try:
-                    written = file.write(line)
-                    os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(before)
-                    raise
-                if written != len(line):
-                    file.truncate(before)
-                    raise OSError(None, "the disk is full")
-        except OSError as error:
-            raise RunError(f"cannot append to {self.path}: {error.strerror}") from error
+class RoundLog(LineLog[RoundRecord]):
+    """Appends to ``rounds.jsonl``, see `fedlr.report.lines.LineLog`."""
 
 
 def read_rounds(path: Path) -> list[RoundRecord]:
-    """Return the committed rounds of a log, in rising order.
-
-    A last line without its newline was being written when the run stopped and
-    is left out. A round number that appears again was repeated by a resumed
-    run: the later line replaces the earlier one and everything after that.
+    """Return the committed rounds of a log, in rising order, see `fedlr.report.lines.read_lines`.
 
     Raises:
         RunError: The file cannot be read, or a committed line is damaged; the
             message names its number.
     """
-    try:
-        committed = Path(path).read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from error
-    records: list[RoundRecord] = []
-    for number, line in enumerate(committed, start=1):
-        try:
-            record = strict_json.decode(RoundRecord, line.decode())
-        except ValueError as error:
-            raise RunError(
-                f"{path}, line {number} is damaged: {error}; restore the file from a copy"
-            ) from error
-        while records and records[-1].round >= record.round:
-            records.pop()
-        records.append(record)
-    return records
+    lines = read_lines(path, RoundRecord)
+    if lines.problem is not None:
+        raise RunError(f"{lines.problem}; restore the file from a copy")
+    return list(lines.records)
 
 
 def write_summary(path: Path, summary: Summary) -> None:

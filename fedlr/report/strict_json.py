@@ -48,7 +48,7 @@ def decode(kind: type[T], text: str) -> T:
     """Return the ``kind`` that `encode` wrote as ``text``.
 
     Args:
-        kind: A dataclass whose fields are int, float, str, ``X | None``,
+        kind: A dataclass whose fields are int, float, str, bool, ``X | None``,
             ``tuple[X, ...]``, ``Mapping[str, X]`` or further dataclasses.
         text: One JSON object.
 
@@ -118,7 +118,7 @@ def _number(name: str, value: object) -> float:
 
 def _expect(name: str, kind: Any, value: Any) -> Any:
     """Return ``value`` if its type is ``kind`` (a bool is not an int)."""
-    if isinstance(value, bool) or not isinstance(value, kind):
+    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, kind):
         raise ValueError(f"{name} = {value!r} must be of type {kind.__name__}")
     return value
 

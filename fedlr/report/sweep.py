@@ -4,6 +4,8 @@
 
     <output>/sweeps/<name>/
       sweep.json                 `SweepFacts`: the study and its axes
+      lock                       held by the one process that works at it
+      search.db                  Optuna's trials, where values are searched
       cells/<cell>/cell.json     `CellFacts`: one configuration
       cells/<cell>/failure.json  `Failure`, where the last try failed
       cells/<cell>/run/          the run folder, as of `fedlr simulate`
@@ -14,7 +16,8 @@ wrong. Nothing private is in any of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -44,6 +47,9 @@ SWEEP_FILE, CELLS, CELL_FILE, FAILURE_FILE, RUN = (
     "failure.json",
     "run",
 )
+
+SWEEP_LOCK = "lock"
+"""The file that a process holds locked while it works at the sweep, in the sweep's folder."""
 
 LOCK = Path("journal") / "lock"
 """The file that a process holds locked while it carries a run on, in the run folder."""
@@ -212,8 +218,8 @@ def read_cell(folder: Path) -> Cell:
     try:
         log = run / ROUNDS_FILE
         rounds = tuple(read_rounds(log)) if log.exists() else ()
-        if (run / SUMMARY_FILE).exists() and not is_running(run):
-            summary = read_summary(run / SUMMARY_FILE)
+        summary = read_summary(run / SUMMARY_FILE) if (run / SUMMARY_FILE).exists() else None
+        if summary is not None and summary.rounds and not is_running(run):
             return Cell(facts, folder, "finished", None, summary, rounds)
         failure = _read_failure(folder)
     except RunError as error:
@@ -239,6 +245,32 @@ def is_running(run: Path) -> bool:
         return False
 
 
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine from working at the sweep in ``folder``.
+
+    Raises:
+        RunError: One does already, or the folder cannot be written.
+    """
+    lock = FileLock(folder / SWEEP_LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RunError(
+            f"another `fedlr sweep` works at {str(folder)!r}; wait for it, or choose another "
+            "name=<name>"
+        ) from error
+    except OSError as error:
+        raise RunError(
+            f"{str(folder)!r} cannot be written: {error.strerror or error}; choose a folder of "
+            "your own with output=<folder>"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def write_sweep_facts(folder: Path, facts: SweepFacts) -> None:
     """Write ``sweep.json``, whole or not at all; the folder must exist."""
     _write(folder / SWEEP_FILE, facts)
@@ -252,6 +284,11 @@ def write_cell(folder: Path, facts: CellFacts) -> None:
 def write_failure(folder: Path, failure: Failure) -> None:
     """Write ``failure.json``; the folder must exist."""
     _write(folder / FAILURE_FILE, failure)
+
+
+def clear_failure(folder: Path) -> None:
+    """Forget why the last try failed: another begins."""
+    (folder / FAILURE_FILE).unlink(missing_ok=True)
 
 
 def _read_failure(folder: Path) -> Failure | None:

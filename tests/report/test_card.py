@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "feature_scale": (None, 4.4721),
     "pairs": (False, True),
     "padding": (False, True),
+    "four_bit": (False, True),
 }
 NAMES = ("no", 'a "quoted" \\ label', "two\nlines", "größer; drop", "```", "\u2028")
 

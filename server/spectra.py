@@ -1,0 +1,188 @@
+"""A state of the server → the record of where its updates point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedlr.adapters.quantised import dense_weight
+from fedlr.adapters.surgery import AdaptedModel
+from fedlr.lowrank.factors import AdapterSite, Factors, stack
+from fedlr.lowrank.geometry import (
+    LEADING,
+    THRESHOLD,
+    affordable,
+    effective_rank,
+    leading_similarity,
+    principal_angles,
+)
+from fedlr.lowrank.svd import singular_values
+from fedlr.methods.method import GlobalState, PartKey, Parts, Role
+from fedlr.report.spectra import (
+    Intruders,
+    SiteSimilarity,
+    SiteSpectrum,
+    SpectrumLog,
+    SpectrumRecord,
+)
+
+_KEPT = 64
+"""Singular values of one site that are recorded."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Numbers of the sites of one shape and scaling, the sites along the first axis."""
+
+    sigma: Tensor
+    rank: Tensor
+    angle: Tensor | None
+
+
+class SpectrumRecorder:
+    """Writes one line per completed round.
+
+    Args:
+        path: ``spectra.jsonl`` of the run folder; continued where it exists.
+        first: The parts before round 1: their A's are what later ones are compared with.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+
+    def __init__(self, path: Path, first: Parts) -> None:
+        self._log = SpectrumLog(path)
+        self._first = {key: value for key, value in first.items() if key.role is Role.A}
+
+    def record(self, state: GlobalState) -> None:
+        """Append the record of a state after a whole round; the state stays as it is.
+
+        Raises:
+            RunError: The line cannot be written.
+        """
+        self._log.append(spectrum_of(state, self._first))
+
+
+def spectrum_of(state: GlobalState, first: Parts) -> SpectrumRecord:
+    """Return where the updates of a state point.
+
+    Args:
+        state: After a whole round.
+        first: A of every site before the first round; what is missing has no angle.
+    """
+    groups: dict[object, list[AdapterSite]] = {}
+    for site in state.layout.sites:
+        pair, before = update_of(site, state.parts), first.get(PartKey(site.name, Role.A))
+        if pair is not None and _is_finite(pair):
+            shape = None if before is None else before.shape
+            key = (pair.b.shape, pair.a.shape, pair.scaling, shape)
+            groups.setdefault(key, []).append(site)
+    found: dict[str, SiteSpectrum] = {}
+    for sites in groups.values():
+        measured = _measure(sites, state.parts, first)
+        for index, site in enumerate(sites):
+            found[site.name] = SiteSpectrum(
+                site=site.name,
+                singular_values=tuple(measured.sigma[index, :_KEPT].tolist()),
+                effective_rank=float(measured.rank[index]),
+                angle_rad=None if measured.angle is None else float(measured.angle[index]),
+            )
+    kept = tuple(found[site.name] for site in state.layout.sites if site.name in found)
+    return SpectrumRecord(round=state.round, sites=kept)
+
+
+def update_of(site: AdapterSite, parts: Parts) -> Factors | None:
+    """Return the whole update of a site's weight as one pair, a residual stacked onto it.
+
+    None where the parts hold no A and B of the site.
+    """
+    b, a, rest_b, rest_a = (
+        parts.get(PartKey(site.name, role))
+        for role in (Role.B, Role.A, Role.RESIDUAL_B, Role.RESIDUAL_A)
+    )
+    if b is None or a is None:
+        return None
+    pair = Factors(b=b.float(), a=a.float(), scaling=site.scaling)
+    if rest_b is None or rest_a is None or rest_a.shape[0] == 0:
+        return pair
+    return stack([pair, Factors(b=rest_b.float(), a=rest_a.float())])
+
+
+def intruders_of(
+    sites: Sequence[AdapterSite], weights: Sequence[Tensor | None], parts: Parts
+) -> Intruders:
+    """Return the intruder dimensions of a result against its base weights.
+
+    Args:
+        sites: All adapted layers, in model order.
+        weights: The base weight of each, shape (m, n); None where it cannot be had.
+        parts: The result.
+    """
+    pairs = [update_of(site, parts) for site in sites]
+    usable = [
+        (site, weight, pair)
+        for site, weight, pair in zip(sites, weights, pairs, strict=True)
+        if weight is not None and pair is not None and _is_finite(pair)
+    ]
+    chosen = affordable([(site.out_features, site.in_features) for site, _, _ in usable])
+    found = tuple(
+        SiteSimilarity(site=site.name, similarity=tuple(leading_similarity(w, pair).tolist()))
+        for site, w, pair in (usable[index] for index in chosen)
+    )
+    missing = None
+    if len(usable) < len(sites):
+        missing = (
+            "Layers whose update is not finite, or whose base weight is not here, are left out."
+        )
+    elif len(chosen) < len(usable):
+        missing = (
+            f"Layers are left out: two decompositions of the base weight are needed for each, "
+            f"and for all {len(sites)} they would hold up the end of the run."
+        )
+    return Intruders(
+        leading=LEADING, threshold=THRESHOLD, sites=found, of_sites=len(sites), missing=missing
+    )
+
+
+def base_weights(model: AdaptedModel) -> list[Tensor | None]:
+    """Return the frozen weight of every site, shape (m, n), 4 bits read out.
+
+    None where a layer keeps it in another form.
+    """
+    found: list[Tensor | None] = []
+    for site in model.sites:
+        layer = model.encoder.get_submodule(f"base_model.model.{site.name}")
+        weight = dense_weight(layer.get_submodule("base_layer"))
+        if getattr(layer, "fan_in_fan_out", False):  # GPT-2's layers are transposed
+            weight = weight.mT
+        fits = weight.shape == (site.out_features, site.in_features)
+        found.append(weight if fits and weight.is_floating_point() else None)
+    return found
+
+
+def _measure(sites: Sequence[AdapterSite], parts: Parts, first: Parts) -> _Measured:
+    """Measure sites of one shape and scaling in one batch: QRs of factors, no m × n product."""
+    pairs = [pair for site in sites if (pair := update_of(site, parts)) is not None]
+    batch = Factors(
+        b=torch.stack([pair.b for pair in pairs]),
+        a=torch.stack([pair.a for pair in pairs]),
+        scaling=pairs[0].scaling,
+    )
+    sigma = singular_values(batch)
+    keys = [PartKey(site.name, Role.A) for site in sites]
+    before = [first[key].float() for key in keys if key in first]
+    angle = None
+    if len(before) == len(keys):
+        now, then = torch.stack([parts[key].float() for key in keys]), torch.stack(before)
+        if now.shape[-2] > then.shape[-2]:
+            now, then = then, now
+        angle = principal_angles(now, then)[..., -1]
+    return _Measured(sigma, effective_rank(sigma), angle)
+
+
+def _is_finite(pair: Factors) -> bool:
+    return bool(torch.isfinite(pair.b).all() and torch.isfinite(pair.a).all())
