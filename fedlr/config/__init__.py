@@ -20,6 +20,7 @@ from fedlr.config.schema import (
     PrivacyConfig,
     RunConfig,
     SubspaceConfig,
+    TrackingConfig,
 )
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "PrivacyConfig",
     "RunConfig",
     "SubspaceConfig",
+    "TrackingConfig",
     "from_json",
     "from_mapping",
     "setting_names",

@@ -79,7 +79,10 @@ def range_problems(config: RunConfig) -> list[str]:
 
 def cross_problems(config: RunConfig) -> list[str]:
     """Contradictions between fields, each with the way out."""
-    rules = [*_federation_rules(config), *_data_rules(config), *_model_rules(config)]
+    rules = [
+        *(*_federation_rules(config), *_data_rules(config)),
+        *(*_model_rules(config), *_tracking_rules(config)),
+    ]
     return [message for broken, message in rules if broken]
 
 
@@ -163,7 +166,7 @@ def _model_rules(config: RunConfig) -> list[tuple[bool, str]]:
             "for all",
         ),
         (
-            config.model.precision != "float32" and config.kernels.tokens_per_batch is not None,
+            config.model.precision == "bfloat16" and config.kernels.tokens_per_batch is not None,
             f"kernels.tokens_per_batch is set but model.precision = {config.model.precision} "
             "computes each row in a shape of its own; set kernels.tokens_per_batch=null and lower "
             "kernels.physical_batch",
@@ -198,5 +201,46 @@ def _model_rules(config: RunConfig) -> list[tuple[bool, str]]:
             config.privacy.head_share is not None and not head.trained,
             "privacy.head_share is set but model.head.trained = false; set "
             "privacy.head_share=null, or model/head=linear",
+        ),
+    ]
+
+
+_ADDRESSES = {"mlflow": r"sqlite:///.+|https?://.+", "wandb": r"https?://.+"}
+"""What ``tracking.uri`` may be, by tool."""
+
+
+def _tracking_rules(config: RunConfig) -> list[tuple[bool, str]]:
+    tracking = config.tracking
+    kind, uri = tracking.kind, tracking.uri
+    secret = uri is not None and re.match(r"[^/]+://[^/]*@", uri) is not None
+    shown = "tracking.uri" if secret else f"tracking.uri = {uri!r}"
+    return [
+        (
+            uri is not None and kind not in _ADDRESSES,
+            f"{shown} but tracking.kind = {kind} has no address; set tracking.uri=null, or "
+            "tracking=mlflow",
+        ),
+        (
+            uri is not None
+            and kind in _ADDRESSES
+            and not re.fullmatch(_ADDRESSES[kind], uri, flags=re.DOTALL),
+            f"{shown} must be "
+            + ("sqlite:///<file> or " if kind == "mlflow" else "")
+            + f"http(s)://<server> for tracking={kind}",
+        ),
+        (
+            secret,
+            "tracking.uri holds a user or a password, and the configuration is kept in the run "
+            "folder; give them in the tool's environment variables",
+        ),
+        (
+            tracking.mode == "online" and kind != "wandb",
+            f"tracking.mode = online but tracking.kind = {kind} has one mode; set "
+            "tracking.mode=offline, or tracking=wandb",
+        ),
+        (
+            not re.fullmatch(r"[\w.-]{1,100}", tracking.project),
+            f"tracking.project = {tracking.project!r} must be 1 to 100 letters, digits, '.', '_' "
+            "or '-'",
         ),
     ]

@@ -51,8 +51,9 @@ class ModelConfig:
         max_length: Tokens an example is cut at.
         random_weights: Ignore the weights and draw them from the public seed: for
             tests of the machinery, never for a result.
-        precision: ``float32`` or ``bfloat16``: what the frozen weights are rounded to and
-            computed in. A, B, head, gradients, clipping and noise are float32 always.
+        precision: Of the frozen weights: ``float32``; ``bfloat16``, rounded to it and
+            computed in it; ``nf4``, linear layers stored in 4 bits and computed in float32
+            (extra ``4bit``). A, B, head, gradients, clipping and noise are float32 always.
         head: The classification head.
     """
 
@@ -61,7 +62,7 @@ class ModelConfig:
     sha256: str | None = None
     max_length: int = 64
     random_weights: bool = False
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "nf4"] = "float32"
     head: HeadConfig = field(default_factory=HeadConfig)
 
 
@@ -304,6 +305,25 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where else the server shows the run while it goes on; see `fedlr.report.tracking`.
+
+    Attributes:
+        kind: ``none``, or the tool; each is an extra of this package.
+        uri: ``mlflow``: ``sqlite:///<file>`` or the http(s) address of a server, null is
+            ``mlflow.db`` in `RunConfig.output`; ``wandb``: the address of a server of one's
+            own. Without a password: those belong in the tool's environment variables.
+        project: What the tool collects runs under: letters, digits, ``.``, ``_``, ``-``.
+        mode: ``offline`` or ``online`` (``wandb``).
+    """
+
+    kind: Literal["none", "tensorboard", "mlflow", "wandb", "trackio"] = "none"
+    uri: str | None = None
+    project: str = "fedlr"
+    mode: Literal["offline", "online"] = "offline"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run. Sections mirror the folders of ``conf/``.
 
@@ -326,3 +346,4 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

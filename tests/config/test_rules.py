@@ -178,6 +178,20 @@ CONTRADICTIONS: list[tuple[tuple[tuple[str, Any], ...], str]] = [
         (("model.precision", "bfloat16"), ("kernels.tokens_per_batch", 512)),
         "kernels.tokens_per_batch is set but model.precision = bfloat16",
     ),
+    ((("tracking.uri", "https://x"),), "tracking.uri = 'https://x' but tracking.kind = none"),
+    (
+        (("tracking.kind", "wandb"), ("tracking.uri", "sqlite:///x.db")),
+        "tracking.uri = 'sqlite:///x.db' must be http",
+    ),
+    (
+        (("tracking.kind", "mlflow"), ("tracking.uri", "https://me:secret@host")),
+        "tracking.uri holds a user or a password",
+    ),
+    (
+        (("tracking.kind", "mlflow"), ("tracking.mode", "online")),
+        "tracking.mode = online but tracking.kind = mlflow",
+    ),
+    ((("tracking.project", "a/b"),), "tracking.project = 'a/b' must be"),
 ]
 
 
@@ -192,7 +206,10 @@ def test_a_contradiction_is_one_sentence_with_a_way_out(
 
 def test_every_cross_rule_is_in_the_table() -> None:
     plain = RunConfig()
-    groups = (rules._federation_rules, rules._data_rules, rules._model_rules)
+    groups = (
+        *(rules._federation_rules, rules._data_rules),
+        *(rules._model_rules, rules._tracking_rules),
+    )
     assert sum(len(group(plain)) for group in groups) == len(CONTRADICTIONS)
     assert rules.cross_problems(plain) == []
 
@@ -213,9 +230,24 @@ CONSISTENT: list[tuple[tuple[str, Any], ...]] = [
     (("method.name", "head_only"), ("model.head.trained", True)),
     (("privacy.head_share", 0.5), ("model.head.trained", True)),
     (("model.precision", "bfloat16"), ("kernels.physical_batch", None)),
+    (("model.precision", "nf4"), ("kernels.tokens_per_batch", 512)),
+    (("tracking.kind", "mlflow"), ("tracking.uri", "sqlite:////tmp/x.db")),
+    (("tracking.kind", "mlflow"), ("tracking.uri", "http://127.0.0.1:5000")),
+    (
+        *(("tracking.kind", "wandb"), ("tracking.mode", "online")),
+        ("tracking.uri", "https://own.example"),
+    ),
+    (("tracking.kind", "trackio"), ("tracking.project", "ward_7.b-2")),
 ]
 
 
 @pytest.mark.parametrize("settings", CONSISTENT)
 def test_what_fits_together_is_accepted(settings: tuple[tuple[str, Any], ...]) -> None:
     assert problems(*settings) == ()
+
+
+@pytest.mark.parametrize("kind", ["none", "mlflow", "wandb"])
+def test_a_password_in_an_address_is_not_repeated(kind: str) -> None:
+    found = problems(("tracking.kind", kind), ("tracking.uri", "ftp://me:secret@host"))
+    assert len(found) == 2
+    assert "secret" not in "".join(found)

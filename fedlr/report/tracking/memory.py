@@ -1,0 +1,55 @@
+"""``tracking.json`` in a run folder: with it a resumed run goes on under the same name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlr.errors import RunError
+from fedlr.report import strict_json
+from fedlr.report.records import write_atomically
+
+TRACKING_FILE = "tracking.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What is known of a run in another tool.
+
+    Attributes:
+        kind: Name of the tool, as in ``tracking=``.
+        id: The run's identifier there.
+        sent: Number of the last round that the tool has; 0 if none.
+    """
+
+    kind: str
+    id: str
+    sent: int = 0
+
+
+def recall(folder: Path, kind: str) -> Memory | None:
+    """Return what ``folder`` remembers of the tool ``kind``; None if nothing.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    path = folder / TRACKING_FILE
+    try:
+        memory = strict_json.decode(Memory, path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} is damaged: {error}; delete it, and the run is tracked as a new one"
+        ) from error
+    return memory if memory.kind == kind else None
+
+
+def remember(folder: Path, memory: Memory) -> None:
+    """Write ``tracking.json``, whole or not at all.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    text = strict_json.encode(memory, indent=2) + "\n"
+    write_atomically(folder / TRACKING_FILE, text.encode())

@@ -1,0 +1,94 @@
+"""Trackio: its own folder on this machine; look at it with ``trackio show``.
+
+The folder is ``TRACKIO_DIR``, by default in the cache of the Hugging Face hub. Trackio itself
+asks the hub for the name of the user whose token is stored here, if there is one, and keeps
+it in that folder; ``HF_HUB_OFFLINE=1`` prevents it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedlr.errors import ConfigError
+from fedlr.report.records import RoundRecord, Summary
+from fedlr.report.tracking.memory import Memory, recall, remember
+from fedlr.report.tracking.tracker import TrackedRun, closing, promise, series
+
+if TYPE_CHECKING:
+    from trackio import Run
+
+ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
+"""Environment variables with which Trackio would send the run to another machine."""
+
+
+class Trackio:
+    """Writes to Trackio; see `fedlr.report.tracking.tracker.Tracker`.
+
+    Args:
+        project: Name of the project.
+    """
+
+    def __init__(self, project: str) -> None:
+        self._project = project
+        self._run: Run | None = None
+        self._folder = Path()
+        self._memory: Memory | None = None
+
+    def start(self, run: TrackedRun) -> None:
+        """Make the run, or go on with the one of its name."""
+        import trackio
+
+        self._folder = run.folder
+        self._memory = recall(run.folder, "trackio") or Memory(kind="trackio", id=run.run)
+        # It prints to standard output, which belongs to the run folder's path.
+        with contextlib.redirect_stdout(sys.stderr):
+            self._run = trackio.init(
+                project=self._project,
+                name=self._memory.id,
+                config={**run.settings, "fedlr.rounds": run.rounds},
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+        remember(run.folder, self._memory)
+        for record in run.earlier:
+            self.round(record)
+
+    def round(self, record: RoundRecord) -> None:
+        """Write a row at the round's step, unless it was written before."""
+        if self._run is None or self._memory is None or record.round <= self._memory.sent:
+            return
+        self._run.log(series(record), step=record.round)
+        self._memory = Memory(kind="trackio", id=self._memory.id, sent=record.round)
+        remember(self._folder, self._memory)
+
+    def finish(self, summary: Summary) -> None:
+        """Write the result at the step of the last round."""
+        if self._run is not None:
+            self._run.log({**closing(summary), **promise(summary)}, step=summary.rounds)
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        import trackio
+
+        if self._run is not None:
+            with contextlib.redirect_stdout(sys.stderr):
+                trackio.finish()
+            self._run = None
+
+
+def check_local() -> None:
+    """Raise ConfigError where the environment would send the run to another machine."""
+    found = [name for name in ELSEWHERE if os.environ.get(name)]
+    if found:
+        raise ConfigError(
+            [
+                f"tracking = trackio keeps a run on this machine, but {' and '.join(found)} sends "
+                "it elsewhere; unset it"
+            ]
+        )
