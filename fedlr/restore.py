@@ -239,4 +239,5 @@ def _loading(model: RunModel, form: Form) -> Loading:
         pairs=len(config.data.text_columns) == 2,
         padding=model.base.tokenizer.pad_token_id is not None,
         rounds=config.federation.rounds,
+        four_bit=config.model.precision == "nf4",
     )

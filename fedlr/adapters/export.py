@@ -22,6 +22,7 @@ from fedlr.lowrank.factors import AdapterSite, Factors, stack
 from fedlr.methods.method import MODEL_ROLES, PartKey, Parts, Role
 
 from .inject import ADAPTER
+from .quantised import dequantise
 from .surgery import AdaptedModel
 
 LARGEST_RANK = 256
@@ -112,7 +113,9 @@ def save_adapter(trained: Trained, folder: Path, base: str, readme: str) -> None
 
     Guarantees:
         ``PeftModel.from_pretrained(base, folder)`` computes the hidden states of
-        W + R_b·R_a + s·B·A, and a head with the saved arrays the same logits.
+        W + R_b·R_a + s·B·A, and a head with the saved arrays the same logits. Where the
+        run kept W in 4 bits, ``base`` loaded so (NF4 with quantised scales) gives them; in
+        float32 it gives those of the adapter on the weights before they were rounded.
         Without a residual the factors are the trained ones, bit for bit; with one
         they are exact up to the rounding of s·B. Sites of smaller rank are filled
         with zeros. The live model stays as it is, and no network is asked.
@@ -172,10 +175,14 @@ def merge(trained: Trained) -> nn.Module:
     Returns:
         A model of the base's own class, without PEFT, in evaluation mode, on the
         CPU; every weight in float32, of which a small update would lose its bits in
-        fewer. The sum is taken in float64 and rounded once.
+        fewer. The sum is taken in float64 and rounded once. A weight that was stored in
+        4 bits is the one that those bits stand for, with which the update was trained,
+        and not the one that was rounded to them.
     """
-    encoder: Any = copy.deepcopy(trained.adapted.encoder).to("cpu", torch.float32)
+    encoder: Any = copy.deepcopy(trained.adapted.encoder)
     base: nn.Module = encoder.unload()
+    dequantise(base)
+    base.to("cpu", torch.float32)
     with torch.no_grad():
         for site, pair in trained.factors().items():
             weight = base.get_submodule(site.name).get_parameter("weight")

@@ -12,6 +12,7 @@ from fedlr.kernels.dispatch import LoraLinear
 from fedlr.lowrank.factors import AdapterSite
 
 from .inject import ADAPTER
+from .quantised import is_quantised
 
 Operation = Callable[..., tuple[Tensor, Tensor]]
 """(x, W, bias, A, B, s) → (y, z), see `fedlr.kernels.lora_linear`."""
@@ -31,9 +32,14 @@ def use_kernel(encoder: nn.Module, sites: Sequence[AdapterSite], kernel: LoraLin
         that gradients are captured, and B itself gets none. PEFT's
         own products are taken while A trains, while each row has a B of its own
         (`fedlr.training.fused`), and where another adapter, or none, is active.
+
+    Raises:
+        ValueError: A base weight is stored in 4 bits, which no kernel reads.
     """
     for site in sites:
         layer: Any = encoder.get_submodule(f"base_model.model.{site.name}")
+        if is_quantised(layer.get_base_layer()):
+            raise ValueError(f"{site.name} is stored in 4 bits, and the kernels read float weights")
         layer.forward = partial(_forward, layer, layer.forward, site.scaling, kernel.lora_linear)
 
 

@@ -20,6 +20,8 @@ from fedlr import checks
 from fedlr.errors import ConfigError, ModelError
 from fedlr.lowrank.factors import AdapterSite
 
+from .quantised import load_package, missing_package
+
 ADAPTER = "default"
 """PEFT's name of the one adapter a model carries."""
 
@@ -97,7 +99,9 @@ def inject(
     """Wrap ``model`` with one LoRA adapter and freeze everything.
 
     Args:
-        model: Base encoder; its layers are replaced in place, its weights are not.
+        model: Base encoder; its layers are replaced in place, its weights are not. What
+            `fedlr.adapters.quantised.quantise` stored in 4 bits becomes PEFT's
+            ``lora.bnb.Linear4bit``.
         modules: See `matching_layers`.
         layers: See `matching_layers`.
         rank: r, the same at every site.
@@ -115,13 +119,15 @@ def inject(
         ConfigError: Nothing matches, or the rank exceeds a layer's dimensions.
         ModelError: PEFT did not adapt exactly the chosen layers.
     """
+    if missing_package() is None:
+        load_package()  # ours first: PEFT's own import of it may fetch a binary
     from peft import LoraConfig, get_peft_model
 
     checks.positive("adapter.alpha", alpha)
     chosen = matching_layers(model, modules, layers)
-    name, smallest = min(chosen.items(), key=lambda item: min(item[1].weight.shape))
-    if rank > min(smallest.weight.shape):
-        m, n = smallest.weight.shape
+    name, smallest = min(chosen.items(), key=lambda item: min(_shape(item[1])))
+    m, n = _shape(smallest)
+    if rank > min(m, n):
         raise ConfigError(
             [
                 f"adapter.rank = {rank} must be ≤ {min(m, n)}, the smaller side of {name} "
@@ -176,6 +182,10 @@ def _recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **named)
     return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
+
+
+def _shape(layer: nn.Linear) -> tuple[int, int]:
+    return layer.out_features, layer.in_features  # the weight itself may be packed bits
 
 
 def _ends_with(name: str, suffix: str) -> bool:

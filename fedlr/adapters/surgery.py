@@ -13,6 +13,7 @@ from fedlr.lowrank.factors import AdapterSite
 from fedlr.methods.method import PartKey, Parts, Role
 
 from .inject import ADAPTER
+from .quantised import dense_weight
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ class AdaptedModel:
         norms = {}
         for site in self.sites:
             layer = self.encoder.get_submodule(f"base_model.model.{site.name}")
-            weight = layer.get_submodule("base_layer").get_parameter("weight")
-            norms[site] = float(weight.detach().float().norm())
+            norms[site] = float(dense_weight(layer.get_submodule("base_layer")).float().norm())
         return norms
 
     def read(self, roles: Collection[Role]) -> dict[PartKey, Tensor]:

@@ -60,6 +60,7 @@ def examine(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> t
     extras = [
         *(["demo"] if config.model.name == "embedded" else []),
         *(["ray"] if config.federation.engine == "ray" else []),
+        *(["4bit"] if config.model.precision == "nf4" else []),
     ]
     checks = [
         *_private_step(subject, removed),

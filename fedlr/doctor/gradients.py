@@ -14,12 +14,12 @@ from fedlr.methods.method import Parts
 from fedlr.privacy.gradients import GRADIENTS
 from fedlr.training.classifier import Classifier
 
-BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}
+BOUNDS = {"float32": 1e-3, "bfloat16": 0.1, "nf4": 1e-3}
 """Largest accepted ‖G − G_autograd‖ of a unit, relative to its own gradient, by precision.
 
 Float32 rounding in another batch gives some 1e-6, on models of many layers 1e-5, and
-that of bfloat16 some 1e-2; a wrong gradient is off by its own size. That no other row
-changes a unit's gradient is measured by the clip bound, far more finely.
+that of bfloat16 some 1e-2; nf4 is computed in float32. A wrong gradient is off by its own
+size. That no other row changes a unit's gradient is measured by the clip bound, far more finely.
 """
 
 

@@ -42,12 +42,14 @@ class Call:
         dtype: Of delta, or of x; the other arrays may be float32 beside it.
         rank: r.
         trains_a: Whether ``lora_linear`` must differentiate for A too.
+        quantised: Whether W is stored in 4 bits (`fedlr.adapters.quantised`).
     """
 
     device: torch.device
     dtype: torch.dtype = torch.float32
     rank: int = 8
     trains_a: bool = False
+    quantised: bool = False
 
 
 class Choice(NamedTuple):
@@ -153,7 +155,9 @@ def explain(device: torch.device) -> list[Choice]:
 
 
 def _is_merged(call: Call) -> bool:
-    return call.device.type == "cpu" and call.dtype is torch.float32 and not call.trains_a
+    if call.trains_a or call.quantised:
+        return False
+    return call.device.type == "cpu" and call.dtype is torch.float32
 
 
 def _shape_obstacle(kernel: str, call: Call) -> str | None:
@@ -165,6 +169,8 @@ def _shape_obstacle(kernel: str, call: Call) -> str | None:
         return f"rank {call.rank} is above {MAX_RANK}"
     if kernel == "lora_linear" and call.trains_a:
         return "A is trained, and the kernel has no gradient for it"
+    if kernel == "lora_linear" and call.quantised:
+        return "the frozen weight is stored in 4 bits, and the kernel reads a whole one"
     return None
 
 

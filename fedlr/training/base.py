@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fedlr.adapters.quantised import missing_package
 from fedlr.data.reach import cache_if_silent, verdict
 from fedlr.errors import ConfigError, ModelError
 
@@ -77,6 +78,8 @@ def load_base(
             `fedlr.training.precision`; the digest is that of the weights before.
 
     Raises:
+        ConfigError: As `fedlr.training.precision.cast_base`; a missing package is told
+            before anything is loaded.
         ModelError: Not installed, not found, neither cached nor reachable, no or a damaged
             safetensors file, one without all of the encoder's weights, a model
             that needs its own code, or a digest that differs.
@@ -84,6 +87,8 @@ def load_base(
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
+    if precision == "nf4" and (missing := missing_package()):
+        raise ConfigError([missing])
     source, expected = _resolve(name, sha256)
     _check_digest(source, expected)
     with cache_if_silent(source) as silence:

@@ -10,10 +10,15 @@ where a whole batch has none), and as many tokens as the smallest power of two t
 the row (at most ``longest``). In one shape no row's bits depend on its place or on its
 companions; `check_same_bits` looks whether that is so on this machine, and ``fedlr doctor`` bounds
 what a unit changes through the whole step by C(1 + 1e-5), as in float32.
+
+``nf4`` stores linear layers in 4 bits and computes in float32 (`fedlr.adapters.quantised`):
+the weights are other constants, and rounding is that of a float32 base, so rows need no
+shape of their own.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,24 +27,94 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlr import checks
+from fedlr.adapters.quantised import dequantise, quantise
 from fedlr.data.batching import Batch, Integers
 from fedlr.errors import ModelError
 from fedlr.privacy.gradients import LossOfRows, UnitGradients
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "nf4"]
 
 _SHORTEST = 8
+_SAME = 1e-4  # float32 rounding with room, relative to the largest hidden state
+_CANNOT_RUN = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 
 def cast_base(encoder: nn.Module, precision: str) -> None:
     """Round the weights of a base to ``precision``, in place; buffers stay as they are.
 
-    Rotary frequencies are buffers, and their angles need float32.
+    Rotary frequencies are buffers, and their angles need float32. ``nf4`` rounds linear
+    layers only, see `fedlr.adapters.quantised.quantise`.
+
+    Args:
+        encoder: Frozen, float32, in evaluation mode; for ``nf4`` on the CPU.
+        precision: One of `Precision`.
+
+    Raises:
+        ConfigError: ``nf4``, and bitsandbytes is missing or there is no linear layer.
+        ModelError: ``nf4``, and the model's own code reads a weight past its layer.
     """
     checks.one_of("precision", precision, get_args(Precision))
+    if precision == "nf4":
+        quantise(encoder)
+        _check_computes_with_stored(encoder)
+        return
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
     for parameter in encoder.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def _check_computes_with_stored(encoder: nn.Module) -> None:
+    """Refuse an encoder that is not what it is with its 4-bit weights written out.
+
+    Code that takes ``layer.weight`` itself would read packed bits as numbers.
+    """
+    dense = copy.deepcopy(encoder)
+    dequantise(dense)
+    try:
+        expected = _some_states(dense)
+    except _CANNOT_RUN:
+        return  # not on ids and a mask alone: `fedlr.training.base.check_rows_alone` says so
+    try:
+        apart = float((_some_states(encoder) - expected).abs().max())
+    except _CANNOT_RUN:
+        apart = float("inf")
+    if not apart <= _SAME * float(expected.abs().max()):
+        raise ModelError(
+            "model.precision = nf4: this model's own code reads the weights of linear layers, "
+            "which cannot be stored in 4 bits then; set model.precision=float32 or bfloat16"
+        )
+
+
+def _some_states(encoder: Any) -> Tensor:
+    vocabulary = int(encoder.get_input_embeddings().weight.shape[0])
+    ids = (torch.arange(_SHORTEST).reshape(1, -1) * 7 + 11) % vocabulary
+    with torch.no_grad():
+        found: Tensor = encoder(
+            input_ids=ids, attention_mask=torch.ones_like(ids)
+        ).last_hidden_state
+    return found
+
+
+def notices(precision: str, own_shapes: int | None) -> tuple[str, ...]:
+    """Return the sentences that a reader of a result needs on its base.
+
+    Args:
+        precision: One of `Precision`.
+        own_shapes: See `fedlr.training.local.LocalSettings`.
+    """
+    if precision == "nf4":
+        return (
+            "the linear layers of the frozen base are stored in 4 bits (NF4 in blocks of 64, with "
+            "quantised scales) and computed in float32; a merged export holds these rounded "
+            "weights, written out in float32, with the update added",
+        )
+    if own_shapes is None:
+        return ()
+    return (
+        f"the frozen base is rounded to {precision}; the clip bound rests on each row "
+        "being computed in a shape of its own, in which no other row changes its bits: checked on "
+        "this machine before the first round",
+    )
 
 
 def own_width(lengths: Integers, longest: int) -> Integers:

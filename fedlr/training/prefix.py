@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedlr.adapters.quantised import is_quantised
 from fedlr.data.batching import Batch, Integers, TokenisedDataset, physical_batches
 from fedlr.data.store import Store, states_key
 from fedlr.lowrank.factors import AdapterSite
@@ -59,7 +60,7 @@ class FrozenPrefix:
     def replayed(self, hidden: Tensor) -> Iterator[None]:
         """Within the context the encoder starts from ``hidden``, shape (N, T, width)."""
         skipped = list(self.blocks[: self.depth])
-        hidden = hidden.to(next(skipped[0].parameters()).dtype)  # kept in float32, exactly
+        hidden = hidden.to(_computing_dtype(skipped[0]))  # kept in float32, exactly
         for index, block in enumerate(skipped):
             # The layer itself stays: some encoders read its attributes (ModernBERT).
             vars(block)["forward"] = partial(_replay, hidden if index == 0 else None)
@@ -136,7 +137,7 @@ class PrefixCache:
 
         Returns:
             ``data`` unchanged where the states would be larger than ``megabytes``, the
-            layers are not float32 without ``own_shapes``, a layer returns something other
+            layers do not compute in float32 without ``own_shapes``, a layer returns something other
             than a tensor, or a replay does not reproduce the encoder (a prefix layer that
             is called again higher up).
 
@@ -148,7 +149,7 @@ class PrefixCache:
         size = len(data.tokens) * width * 4
         if len(data) == 0 or self.megabytes == 0:
             return data
-        if self.own_shapes is None and _dtypes(prefix) != {torch.float32}:
+        if self.own_shapes is None and _kinds(prefix) - {"torch.float32", "nf4"}:
             # In fewer bits a row's states depend on the shape of its batch, so on other rows.
             self.say("the frozen layers are computed in every pass: they are not float32")
             return data
@@ -177,8 +178,10 @@ class PrefixCache:
         device = next(encoder.parameters()).device
         shape = self.own_shapes and (self.own_shapes, self.size)
         settings: Any = encoder.config
-        versions = (torch.__version__, version("transformers"))
-        made = f"{device.type} {sorted(map(str, _dtypes(prefix)))} {shape} {versions}"
+        kinds, packages = sorted(_kinds(prefix)), ["transformers"]
+        packages += ["bitsandbytes"] if "nf4" in kinds else []
+        versions = (torch.__version__, *map(version, packages))
+        made = f"{device.type} {kinds} {shape} {versions}"
         made += settings.to_json_string()  # what the weights alone do not tell
         key = states_key(data, self.base_sha256, prefix.depth, made)
         rows = len(data.tokens)
@@ -231,8 +234,18 @@ class PrefixCache:
             yield rows[piece], fill(batch, self.size, self.own_shapes, data.pad_token_id)
 
 
-def _dtypes(prefix: FrozenPrefix) -> set[torch.dtype]:
-    return {value.dtype for value in prefix.blocks[: prefix.depth].parameters()}
+def _kinds(prefix: FrozenPrefix) -> set[str]:
+    """Return how the prefix' weights are stored: names of dtypes, and ``nf4`` for 4 bits."""
+    return {
+        "nf4" if is_quantised(layer) and name == "weight" else str(value.dtype)
+        for block in prefix.blocks[: prefix.depth]
+        for layer in block.modules()
+        for name, value in layer.named_parameters(recurse=False)
+    }
+
+
+def _computing_dtype(block: nn.Module) -> torch.dtype:
+    return next(value.dtype for value in block.parameters() if value.is_floating_point())
 
 
 def _runs(data: TokenisedDataset, tokens: int) -> Iterator[Integers]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fedlr.adapters.quantised import missing_package
 from fedlr.build import Workbench, build
 from fedlr.config import from_mapping
 from fedlr.doctor.checkup import quick
+from fedlr.doctor.kernels import in_use
 from fedlr.errors import DoctorError
 from fedlr.kernels.clipped_sum import naive
 from fedlr.methods.method import MODEL_ROLES
@@ -26,7 +29,10 @@ NAMES = ["per-unit gradients", "clip bound", "noise", "base unchanged"]
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     """A private run on a tiny model."""
-    folder = tmp_path_factory.mktemp("bench")
+    return built(tmp_path_factory.mktemp("bench"))
+
+
+def built(folder: Path, precision: str = "float32") -> Workbench:
     lines = [
         {"text": "a b c d e"[: 1 + 2 * (i % 5)], "label": ["no", "yes"][i % 2]} for i in range(30)
     ]
@@ -36,6 +42,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
         "model": {
             "name": saved(encoder("bert"), folder / "model"),
             "max_length": LONGEST,
+            "precision": precision,
             "head": {"kind": "linear", "trained": True},
         },
         "data": {"kind": "file", "path": str(folder), "label_names": ["no", "yes"]},
@@ -56,6 +63,13 @@ def test_a_sound_machine_passes_and_the_model_is_left_as_it_was(bench: Workbench
     after = bench.adapted.read(MODEL_ROLES)
     assert all(torch.equal(before[key], value) for key, value in after.items())
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.skipif(missing_package() is not None, reason="bitsandbytes is in the extra '4bit'")
+def test_a_base_in_four_bits_passes(tmp_path: Path) -> None:
+    four_bits = built(tmp_path, "nf4")
+    assert all(finding.passed for finding in quick(four_bits))
+    assert in_use(four_bits.config).detail.count("stored in 4 bits") == 1
 
 
 def test_neither_rows_nor_trainer_of_the_run_are_used(bench: Workbench) -> None:

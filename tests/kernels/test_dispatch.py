@@ -41,6 +41,7 @@ def test_auto_on_the_cpu_never_interprets(
     assert choose(kernel, CPU).implementation == expected
     assert choose(kernel, CPU, "naive").implementation == "naive"
     assert choose(kernel, Call(CPU.device, torch.bfloat16)).implementation == "naive"
+    assert choose(kernel, Call(CPU.device, quantised=True)).implementation == "naive"
 
 
 def test_the_twin_is_handed_out() -> None:
@@ -73,6 +74,10 @@ OBSTACLES = {
         Call(GPU.device, torch.float64),
     ),
     "A is trained": (lambda patch: None, Call(GPU.device, trains_a=True)),
+    "the frozen weight is stored in 4 bits": (
+        lambda patch: None,
+        Call(GPU.device, quantised=True),
+    ),
     "triton is not installed": (
         lambda patch: patch.setattr(importlib.util, "find_spec", lambda name: None),
         GPU,

@@ -95,10 +95,10 @@ def largest_change(trainer: LocalTrainer, model: Tiny) -> float:
     return max(changes) / CLIP
 
 
-def wide() -> Tiny:
+def wide(precision: str = "bfloat16") -> Tiny:
     """Two layers of which the products are long enough for their order to show."""
     base = encoder("bert", hidden_size=192, intermediate_size=384)
-    cast_base(base, "bfloat16")
+    cast_base(base, precision)
     model, sites = inject(base, ["query", "value", "dense"], None, RANK, 2.0 * RANK)
     draws = torch.Generator().manual_seed(1)
     head = LinearHead(torch.randn(CLASSES, 192, generator=draws), True, None).requires_grad_(False)
