@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help simulate test test-all lint bench clean
+.PHONY: help simulate test test-all browser lint bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,8 +32,15 @@ simulate: $(STAMP) ## Run a federation on this machine
 test: $(STAMP) ## Run the tests that take seconds
 	$(BIN)/python -m pytest
 
-test-all: $(STAMP) ## Run every test, the long statistical ones too
+test-all: $(STAMP) browser ## Run every test, the long statistical ones and those in a browser too
 	$(BIN)/python -m pytest -m "not bench" -o faulthandler_timeout=1800
+
+browser: $(STAMP) ## Install Chromium where there is none: reports are tested in it
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+	command -v google-chrome >/dev/null || \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium; } || \
+	$(BIN)/python -m playwright install chromium || \
+	echo "no Chromium could be installed: tests in a browser will be skipped"
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from fedlr.adapters.codec import SCHEMA
 from fedlr.adapters.forward import use_kernel
 from fedlr.adapters.inject import inject
+from fedlr.adapters.quantised import missing_package
 from fedlr.adapters.surgery import AdaptedModel
 from fedlr.config import HeadConfig, RunConfig
 from fedlr.data.dataset import LoadedData
 from fedlr.data.sources import SourceSpec, check_present, load
 from fedlr.data.stdlib import LABEL_TEXTS
-from fedlr.data.store import Store, tokenise_once
+from fedlr.data.store import Store
 from fedlr.errors import ConfigError
 from fedlr.kernels.dispatch import (
     KERNELS,
@@ -40,20 +41,23 @@ from fedlr.methods.method import MODEL_ROLES, Layout, Method
 from fedlr.methods.registry import METHODS
 from fedlr.methods.registry import build as build_method
 from fedlr.planning import ClientPlan, plan_clients
-from fedlr.training.base import (
-    BaseModel,
-    check_capacity,
-    check_rows_alone,
-    load_base,
-    model_size,
+from fedlr.reuse import (
+    NOTHING_SHARED,
+    Reuse,
+    base_key,
+    resident_base,
+    resident_tokens,
+    rows_key,
+    with_states,
 )
+from fedlr.training.base import BaseModel, model_size
 from fedlr.training.classifier import Classifier
 from fedlr.training.evaluate import Evaluator
 from fedlr.training.heads import LinearHead, RandomClsHead, label_embeddings
 from fedlr.training.jobs import Provenance
 from fedlr.training.local import LocalSettings, LocalTrainer
 from fedlr.training.memory import DEFAULT_ROWS, power_of_two, rows_that_fit
-from fedlr.training.precision import check_same_bits
+from fedlr.training.precision import check_same_bits, notices
 from fedlr.training.prefix import PrefixCache, find_prefix
 
 CPU_TOKENS = 512
@@ -105,6 +109,7 @@ def build(
     say: Callable[[str], None] = lambda _: None,
     noise: Mapping[str, float] | None = None,
     evaluate: bool = True,
+    reuse: Reuse = NOTHING_SHARED,
 ) -> Workbench:
     """Build everything that ``config`` describes.
 
@@ -114,6 +119,7 @@ def build(
         noise: σ by client where it is known; None calibrates it.
         evaluate: Whether validation will be asked for; False saves its frozen
             layers in a process that only trains.
+        reuse: What other runs of this process have made already; changes no result.
 
     Raises:
         ConfigError: A setting that does not fit the model or the data.
@@ -122,22 +128,11 @@ def build(
     check_names(config)
     if config.kernels.threads is not None:
         torch.set_num_threads(config.kernels.threads)
-    device = _device(config)
+    device, spec = _device(config), source_spec(config)
     store = None if config.data.cache is None else Store.open(config.data.cache, say)
-    check_present(source_spec(config))
-    say(f"loading the model {config.model.name}")
-    base = load_base(
-        config.model.name,
-        config.model.revision,
-        config.model.sha256,
-        config.seed if config.model.random_weights else None,
-        config.model.precision,
-    )
-    base.encoder.to(device)
-    check_capacity(base, config.model.max_length)
-    check_rows_alone(base, config.model.max_length)
-    say("reading the data")
-    data = load(source_spec(config))
+    check_present(spec)
+    base = resident_base(config, device, reuse, say)
+    data = reuse.get("data", spec, lambda: _read(spec, say))
     head = build_head(config, base, data.label_names)
     encoder, sites = adapt(config, base)
     # After what is quickly found wrong, before what takes long.
@@ -145,18 +140,17 @@ def build(
     prefix = find_prefix(encoder, sites)
     classifier = Classifier(encoder, head.to(device).requires_grad_(False), prefix)
     adapted = AdaptedModel(encoder, sites, _trained_head(head, config.model.head))
-    say("tokenising" if store is None else f"looking for tokens in {store.folder}")
-    training, validation = (
-        tokenise_once(base.tokenizer, part, config.model.max_length, store)
-        for part in (data.train, data.validation)
+    rows = rows_key(config, spec)
+    longest = config.model.max_length
+    training, validation = reuse.get(
+        "tokens", rows, lambda: resident_tokens(base, data, longest, store, say)
     )
     settings = _fitting_settings(config, classifier, adapted, say)
     check_own_shapes(base, settings)
     if prefix is not None:
         cache = _prefix_cache(config, base, settings, store, say)
-        training = cache.fill(encoder, prefix, training)
-        if evaluate:
-            validation = cache.fill(encoder, prefix, validation)
+        parts, key = (training, validation), (rows, base_key(config, device))
+        training, validation = with_states(parts, cache, (encoder, prefix), evaluate, reuse, key)
     return Workbench(
         config=config,
         base=base,
@@ -170,8 +164,13 @@ def build(
         data=data,
         clients=clients,
         majority=float(np.bincount(data.validation.labels).max() / len(data.validation)),
-        notices=(*data.notices, *_precision_notices(config)),
+        notices=(*data.notices, *notices(config.model.precision, settings.own_shapes)),
     )
+
+
+def _read(spec: SourceSpec, say: Callable[[str], None]) -> LoadedData:
+    say("reading the data")
+    return load(spec)
 
 
 def layout_of(adapted: AdaptedModel) -> Layout:
@@ -202,7 +201,8 @@ def adapt(config: RunConfig, base: BaseModel) -> tuple[nn.Module, tuple[AdapterS
 def kernel_call(config: RunConfig) -> Call:
     """Return what the choice of a kernel depends on."""
     dtype = torch.bfloat16 if config.model.precision == "bfloat16" else torch.float32
-    return Call(_device(config), dtype, config.adapter.rank)
+    nf4 = config.model.precision == "nf4"
+    return Call(_device(config), dtype, config.adapter.rank, quantised=nf4)
 
 
 def _sum_kernel(config: RunConfig, own_shapes: int | None) -> ClippedSum | None:
@@ -259,21 +259,13 @@ def _fitting_settings(
     return replace(settings, physical_batch=size)
 
 
-def _precision_notices(config: RunConfig) -> tuple[str, ...]:
-    if local_settings(config).own_shapes is None:
-        return ()
-    return (
-        f"the frozen base is rounded to {config.model.precision}; the clip bound rests on each row "
-        "being computed in a shape of its own, in which no other row changes its bits: checked on "
-        "this machine before the first round",
-    )
-
-
 def check_names(config: RunConfig) -> None:
     """Check names that only the libraries know; ConfigError with all that are wrong."""
     problems = []
     if config.method.name not in METHODS:
         problems.append(f"method.name = {config.method.name!r} must be one of {', '.join(METHODS)}")
+    if config.model.precision == "nf4" and (missing := missing_package()):
+        problems.append(missing)
     if config.kernels.device == "cuda" and not torch.cuda.is_available():
         problems.append("kernels.device = cuda but no CUDA device is visible; use auto or cpu")
     else:
@@ -284,6 +276,11 @@ def check_names(config: RunConfig) -> None:
                 problems += error.problems
     if problems:
         raise ConfigError(problems)
+
+
+def check_data(config: RunConfig) -> None:
+    """Raise DataError now if local data are not there; reads no row."""
+    check_present(source_spec(config))
 
 
 def source_spec(config: RunConfig) -> SourceSpec:
@@ -314,7 +311,7 @@ def local_settings(config: RunConfig) -> LocalSettings:
     tokens = kernels.tokens_per_batch
     if tokens is None and _device(config).type == "cpu":
         tokens = CPU_TOKENS
-    needs_own_shapes = config.model.precision != "float32" and config.privacy.mode != "none"
+    needs_own_shapes = config.model.precision == "bfloat16" and config.privacy.mode != "none"
     own_shapes = config.model.max_length if needs_own_shapes else None
     return LocalSettings(
         optimizer=optimizer.name,

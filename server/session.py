@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,15 +20,26 @@ from fedlr.errors import ConfigError, RunError
 from fedlr.orders import SiteOrder, check_policies, prepare
 from fedlr.planning import Say
 from fedlr.report.facts import ClientFacts, RunFacts, check_same, read_facts, write_facts
-from fedlr.report.folder import CONFIG_FILE, create_run_folder, output_folder, write_config
-from fedlr.report.live import LiveProgress
+from fedlr.report.folder import (
+    CONFIG_FILE,
+    create_run_folder,
+    make_run_folder,
+    output_folder,
+    write_config,
+)
+from fedlr.report.live import LiveProgress, Progress, SilentProgress
 from fedlr.report.records import ROUNDS_FILE, SUMMARY_FILE, RoundLog, Summary, read_summary
+from fedlr.report.spectra import SPECTRA_FILE
+from fedlr.report.tracking.tracker import NoTracker, Tracker
+from fedlr.reuse import NOTHING_SHARED, Reuse
 from server import books
 from server.hooks import Hooks
 from server.journal import FileJournal, write_head
 from server.outcome import Checkpoint, Outcome, StrategyConfig
 from server.results import settle, summarise, write_results
+from server.spectra import SpectrumRecorder
 from server.strategy import FederatedStrategy
+from server.tracking import TrackedProgress, check_tracking, open_tracker
 
 LEDGERS = "ledgers"
 """Folder of the ledgers of simulated clients, in the run folder."""
@@ -48,6 +60,8 @@ class Session:
         start: The state before round 1, or where the run stood.
         journal: Its durable memory.
         began: Monotonic clock at the start, seconds.
+        tracker: Shows the run in another tool.
+        quiet: Whether nothing is shown on this terminal while it goes on.
     """
 
     workbench: Workbench
@@ -57,6 +71,8 @@ class Session:
     start: Checkpoint
     journal: FileJournal
     began: float = field(default_factory=time.monotonic)
+    tracker: Tracker = field(default_factory=NoTracker)
+    quiet: bool = False
 
     @property
     def config(self) -> RunConfig:
@@ -73,11 +89,16 @@ class Session:
             RunError: The method's states cannot be averaged as configured.
         """
         config = self.config
+        budget = config.privacy.epsilon if config.privacy.mode == "dp" else None
+        display: Progress = SilentProgress() if self.quiet else LiveProgress(budget)
         hooks = Hooks(
             evaluate=self.workbench.evaluator,
             log=RoundLog(self.folder / ROUNDS_FILE),
-            progress=LiveProgress(config.privacy.epsilon if config.privacy.mode == "dp" else None),
+            progress=TrackedProgress(display, self.tracker),
             journal=self.journal,
+            recorder=SpectrumRecorder(
+                self.folder / SPECTRA_FILE, _first(self.workbench).state.parts
+            ),
         )
         bench = self.workbench
         settings = settings or strategy_config(config, self.facts.run)
@@ -94,6 +115,7 @@ class Session:
         outcome = settle(self.config, self.facts, self.order, outcome)
         summary = summarise(self.config, self.facts, outcome, wall_s)
         write_results(self.workbench, outcome, summary, self.folder)
+        self.tracker.finish(summary)
         return summary
 
     def check_progress(self, summary: Summary, outcome: Outcome) -> None:
@@ -105,11 +127,20 @@ class Session:
             )
 
     def close(self) -> None:
-        """Let go of the journal: another process may resume the run."""
-        self.journal.close()
+        """Let go of tracker and journal: another process may resume the run."""
+        try:
+            self.tracker.close()
+        finally:
+            self.journal.close()
 
 
-def begin(workbench: Workbench, began: float | None = None, say: Say = lambda _: None) -> Session:
+def begin(
+    workbench: Workbench,
+    began: float | None = None,
+    say: Say = lambda _: None,
+    folder: Path | None = None,
+    reuse: Reuse = NOTHING_SHARED,
+) -> Session:
     """Start a run in a new folder: configuration, ledgers, the head as it is now, facts.
 
     The facts come last: a folder that has them is a run with all its ledgers, and a
@@ -119,17 +150,25 @@ def begin(workbench: Workbench, began: float | None = None, say: Say = lambda _:
         workbench: What will run.
         began: Monotonic clock at the start of the work, seconds; None is now.
         say: Told what the operators of sites should know, on this console alone.
+        folder: Where to make the run, a folder that does not exist yet; None makes one
+            by date and time in ``output``.
+        reuse: Remembers what was examined for other runs of this process.
 
     Raises:
         RunError: The folder cannot be made.
-        ConfigError: An operator's policy does not allow the run.
+        ConfigError: An operator's policy does not allow the run, or the tool that is to
+            show it cannot be used here.
         DoctorError: The private step does not do here what it promises.
     """
     began = time.monotonic() if began is None else began
     config = workbench.config
+    check_tracking(config)
     check_policies(config, workbench.clients, workbench.data.label_names)
-    quick(workbench)
-    folder = create_run_folder(output_folder(config.output), config.name, datetime.now())
+    _examine(workbench, reuse)
+    if folder is None:
+        folder = create_run_folder(output_folder(config.output), config.name, datetime.now())
+    else:
+        make_run_folder(folder)
     write_config(folder, to_json(config))
     facts = facts_of(workbench, f"{folder.parent.name}-{folder.name}-{secrets.token_hex(4)}")
     journal = FileJournal(folder)
@@ -143,7 +182,8 @@ def begin(workbench: Workbench, began: float | None = None, say: Say = lambda _:
     except BaseException:
         journal.close()
         raise
-    return Session(workbench, folder, facts, order, _first(workbench), journal, began)
+    tracker = open_tracker(config, folder, facts)
+    return Session(workbench, folder, facts, order, _first(workbench), journal, began, tracker)
 
 
 def finished(folder: Path) -> Summary | None:
@@ -163,12 +203,13 @@ def order_of(folder: Path, config: RunConfig, facts: RunFacts) -> SiteOrder:
     return prepare(config, facts.run, folder / LEDGERS, _noise(facts), resumed=True)
 
 
-def resume(folder: Path, say: Say = lambda _: None) -> Session:
+def resume(folder: Path, say: Say = lambda _: None, reuse: Reuse = NOTHING_SHARED) -> Session:
     """Continue the run in ``folder`` after its last completed round.
 
     Args:
         folder: A run folder.
         say: Told what is being done.
+        reuse: What other runs of this process have made already.
 
     Raises:
         RunError: ``folder`` is no run folder, another process has it, a file in it is
@@ -178,12 +219,13 @@ def resume(folder: Path, say: Say = lambda _: None) -> Session:
     began = time.monotonic()
     facts = read_facts(folder)
     config = read_config(folder, facts)
+    check_tracking(config)
     journal = FileJournal(folder)
     try:
-        workbench = build(config, say, _noise(facts))
+        workbench = build(config, say, _noise(facts), reuse=reuse)
         check_same(facts, facts_of(workbench, facts.run), _FIXED)
         check_policies(config, workbench.clients, workbench.data.label_names)
-        quick(workbench)
+        _examine(workbench, reuse)
         start = journal.checkpoint(workbench.layout) or _first(workbench)
         order = order_of(folder, config, facts)
         books.check_resumed(config, facts, order, start)
@@ -191,7 +233,8 @@ def resume(folder: Path, say: Say = lambda _: None) -> Session:
     except BaseException:
         journal.close()
         raise
-    return Session(workbench, folder, facts, order, start, journal, began)
+    tracker = open_tracker(config, folder, facts, start.records)
+    return Session(workbench, folder, facts, order, start, journal, began, tracker)
 
 
 def read_config(folder: Path, facts: RunFacts) -> RunConfig:
@@ -266,6 +309,32 @@ def strategy_config(config: RunConfig, run: str) -> StrategyConfig:
 def _noise(facts: RunFacts) -> dict[str, float]:
     """Return σ by client."""
     return {client.client: client.noise_multiplier for client in facts.clients}
+
+
+def _examine(workbench: Workbench, reuse: Reuse) -> None:
+    """Carry out `quick`, once for the runs of this process between which it sees no difference.
+
+    It sees the private step on made-up rows: not whose data they are, how many take part
+    how often, nor the budget. σ scales one product, whose deviation is measured in
+    units of σ, and the seed draws public numbers only.
+    """
+    config, plain = workbench.config, RunConfig()
+    unseen: dict[str, Any] = {
+        name: getattr(plain, name) for name in ("name", "output", "data", "partition", "tracking")
+    }
+    budget = {
+        name: getattr(plain.privacy, name)
+        for name in ("epsilon", "delta", "accountant", "max_joins", "policies")
+    }
+    seen = replace(
+        replace(config, **unseen),
+        seed=0,
+        federation=replace(plain.federation, engine=config.federation.engine),
+        privacy=replace(config.privacy, **budget),
+    )
+    labels = len(workbench.data.label_names)
+    key = (to_json(seen), workbench.provenance.base, workbench.trainer.device, labels)
+    reuse.get("examination", key, lambda: quick(workbench), keep=64)
 
 
 def _first(workbench: Workbench) -> Checkpoint:

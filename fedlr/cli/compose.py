@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlr.cli.overrides import sort_out
+from fedlr.cli.studies import GROUP
 from fedlr.config import RunConfig, from_mapping
 from fedlr.errors import ConfigError
 
@@ -95,11 +96,14 @@ def _without_gaps(values: Any) -> Any:
 
 
 def choices() -> dict[str, list[str]]:
-    """Return the choices of every configuration group, by group name."""
+    """Return the choices of every configuration group of a run, by group name.
+
+    Studies are none: `fedlr.cli.studies` reads them, for ``fedlr sweep`` alone.
+    """
     root = configuration_folder()
     found: dict[str, list[str]] = {}
     for file in sorted(root.rglob("*.yaml")):
         group = file.parent.relative_to(root).as_posix()
-        if group != ".":
+        if group not in (".", GROUP):
             found.setdefault(group, []).append(file.stem)
     return found

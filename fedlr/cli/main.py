@@ -15,7 +15,9 @@ from fedlr.errors import FedlrError, RunError
 
 VERBS = {
     "simulate": ("fedlr.cli.simulate", "run a simulated federation on this machine"),
+    "sweep": ("fedlr.cli.sweep", "run a grid of configurations, or a study; goes on where it was"),
     "plan": ("fedlr.cli.plan", "print noise and ε of a run or a sweep before it is trained"),
+    "report": ("fedlr.cli.report", "write a run or a sweep as one page with figures"),
     "export": ("fedlr.cli.export", "write the model of a run as others load it"),
     "audit": ("fedlr.cli.audit", "attack a site's private training; bound its ε from below"),
     "ledger": ("fedlr.cli.ledger", "show, verify, export or mend a data source's ledger"),
@@ -27,9 +29,11 @@ _USAGE = """\
 fedlr {version}: federated fine-tuning with private low-rank aggregation
 
 usage: fedlr simulate [overrides]
+       fedlr sweep sweep=<study> [overrides] [--plan]
        fedlr plan [overrides] [--sizes=<N,N,…>] [--ledgers=<run folder>] [--json]
        fedlr doctor [overrides] [--json]
        fedlr audit [overrides] [--canaries=<n>] [--confidence=<p>] [--json]
+       fedlr report <run folder or sweep> [--output <folder>]
        fedlr export <run folder> [--merge] [--output <folder>]
        fedlr ledger <action> <file>
        fedlr predict <run folder> "text" … [--json]
@@ -39,7 +43,7 @@ verbs:
 
 overrides are Hydra's, for example
   fedlr simulate method=ffa_lora partition=dirichlet federation.rounds=5
-`fedlr simulate --help` lists the choices of every section."""
+`fedlr simulate --help` lists the choices of every section, `fedlr sweep --help` the studies."""
 
 
 def usage() -> str:

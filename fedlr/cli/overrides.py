@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 OPTIONS = ("--help", "--cfg")
 """What a verb takes beside overrides."""
 
+SWEEP_WORDS = ("sweep", "launcher", "hydra/launcher", "search.trials")
+"""Words that only a sweep has."""
+
 _ALL = "`fedlr simulate --cfg` prints every setting, `--help` every choice"
 
 
@@ -67,6 +70,24 @@ def spread(words: Sequence[str]) -> Iterator[list[str]]:
     yield from map(list, itertools.product(*map(_values, words)))
 
 
+def values_of(word: str) -> tuple[str, tuple[str, ...] | None]:
+    """Return (setting, its values) of a word with several; (setting, None) of any other.
+
+    Example:
+        >>> values_of("seed=range(0,3)"), values_of("seed=1")
+        (('seed', ('0', '1', '2')), ('seed', None))
+    """
+    plain = word.lstrip("+")
+    override, _ = _parse(plain)
+    if override is None:
+        return plain.partition("=")[0], None
+    name = override.key_or_group
+    if not override.is_sweep_override():
+        return name, None
+    found = _values(plain)
+    return name, None if found == [word] else tuple(v.partition("=")[2] for v in found)
+
+
 def _values(word: str) -> list[str]:
     """Return a word with each of its values, at most `MOST_VALUES` of them."""
     from hydra.errors import HydraException
@@ -106,6 +127,8 @@ def _parse(word: str) -> tuple[Override | None, str | None]:
 def _problem_of(override: Override, word: str, groups: Mapping[str, Sequence[str]]) -> str | None:
     """Return why a well-formed override does not fit the configuration, or None."""
     name, settings = override.key_or_group, setting_names()
+    if name in SWEEP_WORDS:
+        return f"{word} is for `fedlr sweep`, not for a single run: write `fedlr sweep {word}`"
     if name not in groups and name not in settings:
         return f"{word}: there is no setting {name}{_nearest(name, groups, settings)} {_ALL}"
     if override.is_delete():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING
 from fedlr.cli.compose import choices, compose, compose_mapping
 from fedlr.config import RunConfig
 from fedlr.errors import ConfigError
-from fedlr.report.folder import check_output, output_folder
+from fedlr.report.facts import FACTS_FILE
+from fedlr.report.folder import check_output, output_folder, remove_unbegun
 from fedlr.report.live import say
-from fedlr.report.records import ROUNDS_FILE, read_rounds
+from fedlr.report.records import ROUNDS_FILE, Summary, read_rounds
 from fedlr.report.tables import show_closing
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from flwr.serverapp import ServerApp
 
     from client.site import Site
+    from fedlr.reuse import Reuse
     from server.grid import InProcessGrid
     from server.outcome import Outcome
     from server.session import Session
@@ -87,7 +90,7 @@ def simulate(config: RunConfig) -> Path:
     began = time.monotonic()
     output = output_folder(config.output)
     check_output(output, config.name)
-    _check_early(config)
+    check_early(config)
     return _complete(begin(build(config, say), began, say))
 
 
@@ -105,6 +108,43 @@ def resume(folder: Path) -> Path:
     say("the run is finished; nothing is left to do")
     show_closing(summary, read_rounds(folder / ROUNDS_FILE), sys.stdout)
     return folder
+
+
+def run_cell(config: RunConfig, folder: Path, reuse: Reuse, quiet: bool = False) -> Summary:
+    """Run what is left of a run whose folder is given, and return its results.
+
+    Args:
+        config: Its configuration.
+        folder: A run folder that is gone on with, or a place for one. What lies there
+            without `FACTS_FILE` never was a run, has spent nothing, and is removed.
+        reuse: What other runs of this process have made already.
+        quiet: Whether to show nothing while it goes on: others run beside it.
+
+    Raises:
+        FedlrError: As `simulate` and `resume`.
+    """
+    from fedlr.build import build
+    from server import session as sessions
+
+    began, tell = time.monotonic(), _silent if quiet else say
+    if (folder / FACTS_FILE).exists():
+        session = sessions.resume(folder, tell, reuse)
+    else:
+        remove_unbegun(folder)
+        workbench = build(config, tell, reuse=reuse)
+        session = sessions.begin(workbench, began, tell, folder, reuse)
+    session = replace(session, quiet=quiet)
+    try:
+        outcome = run_session(session)
+        summary = session.finish(outcome)
+    finally:
+        session.close()
+    session.check_progress(summary, outcome)
+    return summary
+
+
+def _silent(_line: str) -> None:
+    """Say nothing."""
 
 
 def run_session(session: Session) -> Outcome:
@@ -180,8 +220,11 @@ def _complete(session: Session) -> Path:
     return folder
 
 
-def _check_early(config: RunConfig) -> None:
-    """Raise now where the engine is not installed, or an operator's policy is wrong."""
+def check_early(config: RunConfig) -> None:
+    """Raise ConfigError now where engine or tracker are not installed, or a policy is wrong."""
+    from server.tracking import check_tracking
+
+    check_tracking(config)
     if config.privacy.policies is not None:
         from fedlr.orders import read_policies
 

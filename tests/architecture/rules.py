@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 BASE = ("fedlr", "fedlr.errors", "fedlr.checks")
-RECORDS = ("fedlr.report.records", "fedlr.report.strict_json")
+RECORDS = ("fedlr.report.records", "fedlr.report.lines", "fedlr.report.strict_json")
 SHOWING = ("fedlr.report",)
 FOUNDATION = (*BASE, "fedlr.lowrank", "fedlr.kernels", *RECORDS)
 SHARED = (*FOUNDATION, "fedlr.methods.method")
 DOMAIN = (*FOUNDATION, "fedlr.methods", "fedlr.adapters", "fedlr.privacy", "fedlr.data")
 WORK = (*DOMAIN, "fedlr.training", "fedlr.audit")
-BUILT = (*WORK, "fedlr.config", "fedlr.planning", "fedlr.build", *SHOWING)
+BUILT = (*WORK, "fedlr.config", "fedlr.planning", "fedlr.reuse", "fedlr.build", *SHOWING)
 
 COMPOSITION = (
     *("fedlr.config", "fedlr.planning", "fedlr.forecast"),
-    *("fedlr.build", "fedlr.restore", "fedlr.orders"),
+    *("fedlr.reuse", "fedlr.build", "fedlr.restore", "fedlr.orders"),
 )
 
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
@@ -31,6 +31,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "fedlr.kernels": BASE,
     "fedlr.report": (*BASE, *SHOWING),
     "fedlr.report.records": (*BASE, *RECORDS),
+    "fedlr.report.lines": (*BASE, *RECORDS),
     "fedlr.report.strict_json": BASE,
     "fedlr.methods": SHARED,
     "fedlr.adapters": SHARED,
@@ -40,6 +41,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "fedlr.audit": (*DOMAIN, "fedlr.training"),
     "fedlr.planning": (*WORK, "fedlr.config"),
     "fedlr.forecast": (*WORK, "fedlr.config", "fedlr.planning", "fedlr.report.plan"),
+    "fedlr.reuse": (*WORK, "fedlr.config"),
     "fedlr.build": BUILT,
     "fedlr.restore": BUILT,
     "fedlr.doctor": (*BUILT, "fedlr.restore"),
@@ -66,7 +68,7 @@ OWN = ("fedlr", "server", "client")
 MATHEMATICS = (
     *("fedlr.lowrank", "fedlr.kernels", "fedlr.methods", "fedlr.adapters", "fedlr.privacy"),
     *("fedlr.data", "fedlr.training", "fedlr.audit", "fedlr.planning", "fedlr.build"),
-    *("fedlr.restore", "fedlr.doctor", "server", "client"),
+    *("fedlr.reuse", "fedlr.restore", "fedlr.doctor", "server", "client"),
 )
 
 HOMES: Mapping[str, tuple[str, ...]] = {
@@ -76,6 +78,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "filelock": ("server", "fedlr.report.sweep"),
     "triton": ("fedlr.kernels.*.triton",),
     "peft": ("fedlr.adapters",),
+    "bitsandbytes": ("fedlr.adapters.quantised",),
     "opacus": ("fedlr.privacy",),
     "pyarrow": ("fedlr.data",),
     "datasets": ("fedlr.data",),
@@ -89,10 +92,20 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "google": ("client.agent_pb2", "client.agent_pb2_grpc"),
     "cryptography": ("fedlr.privacy", "fedlr.cli", "client"),
     "hydra": ("fedlr.cli",),
+    "optuna": ("fedlr.cli.search",),
     "omegaconf": ("fedlr.cli",),
     "packaging": ("fedlr.doctor",),
-    "matplotlib": ("fedlr.report.plots",),
-    "rich": ("fedlr.report.live", "fedlr.report.plan", "fedlr.report.tables", "fedlr.cli"),
+    "matplotlib": ("fedlr.report.plots", "fedlr.report.page"),
+    "jinja2": ("fedlr.report.page",),
+    "scipy": ("fedlr.report.statistics",),
+    "tensorboard": ("fedlr.report.tracking.tensorboard",),
+    "mlflow": ("fedlr.report.tracking.mlflow",),
+    "wandb": ("fedlr.report.tracking.wandb",),
+    "trackio": ("fedlr.report.tracking.trackio",),
+    "rich": (
+        *("fedlr.report.live", "fedlr.report.plan", "fedlr.report.tables"),
+        *("fedlr.report.sweeping", "fedlr.cli"),
+    ),
 }
 """Importers by third-party package; a package that is not named here has no home."""
 

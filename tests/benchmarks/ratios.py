@@ -27,12 +27,15 @@ class Side:
         repeats: Calls per measurement, for what takes less than a millisecond.
         warm: It needs no call before the first measurement: it has run already, or
             takes so long that a cold start is nothing.
+        wait: Returns when a device has done what it was given; called before the clock
+            starts and before it stops.
     """
 
     name: str
     call: Callable[[], Any]
     repeats: int = 1
     warm: bool = False
+    wait: Callable[[], None] = lambda: None
 
 
 def most(pairs: int) -> int:
@@ -57,7 +60,8 @@ def alternate(first: Side, second: Side, pairs: int) -> tuple[list[float], list[
             side.call()
     for _ in range(pairs):
         for index in order.sample((0, 1), 2):
-            times[index].append(seconds(sides[index].call, sides[index].repeats))
+            side = sides[index]
+            times[index].append(seconds(side.call, side.repeats, side.wait))
     return times
 
 
@@ -71,9 +75,19 @@ def now() -> float:
     return time.process_time() if clock() == "cpu" else time.perf_counter()
 
 
-def seconds(call: Callable[[], Any], repeats: int = 1) -> float:
-    """Time of one call, in s; the garbage collector runs as it does for a user."""
+def seconds(
+    call: Callable[[], Any], repeats: int = 1, wait: Callable[[], None] = lambda: None
+) -> float:
+    """Time of one call, in s; the garbage collector runs as it does for a user.
+
+    Args:
+        call: What is measured.
+        repeats: Calls between the two readings of the clock.
+        wait: See `Side`.
+    """
+    wait()
     before = now()
     for _ in range(repeats):
         call()
+    wait()
     return (now() - before) / repeats
