@@ -120,7 +120,7 @@ def plan_cells(
     problems: dict[str, list[str]] = {}
     configs: list[tuple[Mapping[str, str], tuple[str, ...], RunConfig]] = []
     for chosen in values:
-        words = overrides_of(facts.fixed, chosen)
+        words = overrides_of(facts.fixed, chosen, facts.without_privacy)
         try:
             configs.append((chosen, words, compose(words)))
         except ConfigError as error:
@@ -179,14 +179,24 @@ def in_running_order(planned: Sequence[Planned]) -> list[Planned]:
     return [cell for group in groups.values() for cell in group]
 
 
-def overrides_of(fixed: Sequence[str], chosen: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the overrides of one cell; ``privacy.epsilon=inf`` becomes ``privacy=none``."""
+def overrides_of(
+    fixed: Sequence[str], chosen: Mapping[str, str], without_privacy: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Return the overrides of one cell; ``privacy.epsilon=inf`` becomes ``privacy=none``.
+
+    Args:
+        fixed: Those of all cells.
+        chosen: Value by axis.
+        without_privacy: Those of a cell without privacy, in place of others of their name.
+    """
     words = [*fixed, *(f"{name}={value}" for name, value in chosen.items())]
     unbounded = [word for word in words if _is_unbounded(word)]
     if unbounded:
         words = [word for word in words if not _is_unbounded(word)]
-        words = [word for word in words if word.partition("=")[0] != PRIVACY]
-        words.append(f"{PRIVACY}=none")
+        added = [f"{PRIVACY}=none", *without_privacy]
+        replaced = {word.partition("=")[0] for word in added}
+        words = [word for word in words if word.partition("=")[0] not in replaced]
+        words += added
     return tuple(words)
 
 

@@ -119,9 +119,11 @@ def _answer(study: Study, trial: Trial, task: Searching) -> None:
         name: trial.suggest_float(name, known.low, known.high, log=known.log)
         for name, known in task.search.parameters.items()
     }
-    facts = _cell(task, {name: repr(value) for name, value in values.items()})
-    shown = " ".join(f"{name}={value:.4g}" for name, value in values.items())
-    say(f"cell {facts.number + 1} of {task.search.trials}: {shown}")
+    # What is run has four digits, for people: the sampler's model is far coarser than that.
+    shown = {name: f"{value:.4g}" for name, value in values.items()}
+    facts = _cell(task, shown)
+    listed = " ".join(f"{name}={value}" for name, value in shown.items())
+    say(f"cell {facts.number + 1} of {task.search.trials}: {listed}")
     for _ in range(_TRIES):
         cell = run_one(task.folder, facts.cell, shared())
         if cell.summary is not None and cell.summary.accuracy is not None:

@@ -65,12 +65,14 @@ class Study:
         params: Values by setting, as on the command line; one value alone is the same
             in every cell.
         search: What is searched; None for a grid.
+        without_privacy: Values by setting of the cells at ``privacy.epsilon=inf`` alone.
     """
 
     name: str
     about: str
     params: Mapping[str, str] = field(default_factory=dict)
     search: Search | None = None
+    without_privacy: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -103,14 +105,21 @@ def _read(path: Path) -> Study:
         content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         if not isinstance(content, dict):
             raise ValueError("it is no mapping")
-        _only("the file", content, ("about", "hydra", "search"))
+        _only("the file", content, ("about", "hydra", "search", "without_privacy"))
         hydra = _only("hydra", content.get("hydra") or {}, ("sweeper",))
         params = _only("hydra.sweeper", hydra.get("sweeper") or {}, ("params",)).get("params") or {}
         search = None if content.get("search") is None else _search(content["search"])
         if (search is None) is (not any("," in str(v) or "(" in str(v) for v in params.values())):
             raise ValueError("it needs several values in hydra.sweeper.params, or search: one")
         words = {str(name): _word(value) for name, value in params.items()}
-        return Study(name=path.stem, about=str(content["about"]), params=words, search=search)
+        unbounded = content.get("without_privacy") or {}
+        return Study(
+            name=path.stem,
+            about=str(content["about"]),
+            params=words,
+            search=search,
+            without_privacy={str(name): _word(value) for name, value in unbounded.items()},
+        )
     except (OSError, OmegaConfBaseException, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(

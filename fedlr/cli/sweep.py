@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from fedlr.cli.cells import Planned
 from fedlr.cli.compose import choices, compose, compose_mapping, configuration_folder
 from fedlr.cli.launch import BASIC, LAUNCHERS, Launcher, launch
 from fedlr.cli.studies import GROUP, Search, Study, read_studies
-from fedlr.errors import ConfigError, RunError
+from fedlr.errors import ConfigError, FedlrError, RunError
 from fedlr.report.folder import check_output, output_folder
 from fedlr.report.live import say
 from fedlr.report.sweep import (
@@ -36,7 +36,8 @@ usage: fedlr sweep sweep=<study> [overrides]
 Runs every combination of several values, each as `fedlr simulate` would, in the folder
 <output>/sweeps/<name>, and prints that folder as its last line. The same command again does
 what is missing: finished cells are left alone, interrupted ones go on, failed ones are retried.
-More values of a setting may be added later. Each combination has all seeds.
+More values of a setting may be added later. Each combination has all seeds. A page of it,
+report.html, is written beside sweep.json; `fedlr report <folder>` writes it while it goes on.
 
 studies (sweep=<name>); several values of your own for a setting take the place of the study's:
 {studies}
@@ -138,10 +139,21 @@ def sweep(request: Request) -> int:
         show_sweep(found, sys.stdout)
         for line in failures(found):
             say(line)
+        _draw(folder)
         print(folder)
     if problem is not None:
         raise problem
     return 0 if len(found.of("finished")) == len(found.cells) else RunError.exit_code
+
+
+def _draw(folder: Path) -> None:
+    """Write the page of the sweep; where that fails, the cells are there all the same."""
+    from fedlr.cli.report import report
+
+    try:
+        say(f"the page of the sweep is {report(folder)}")
+    except FedlrError as error:
+        say(f"no page of the sweep: {error}")
 
 
 def _gridded(request: Request, facts: SweepFacts, folder: Path) -> Work:
@@ -239,9 +251,20 @@ def settle(request: Request) -> tuple[SweepFacts, Path]:
         fixed=tuple(word for word in fixed if word not in outputs),
         axes=axes,
         search=request.search is not None,
+        without_privacy=_without_privacy(study, set(map(_name, request.words))),
     )
     folder = output_folder(str(compose_mapping(outputs)["output"])) / SWEEPS / name
     return (widen(read_sweep(folder).facts, facts) if is_sweep(folder) else facts), folder
+
+
+def _without_privacy(study: Study | None, given: Collection[str]) -> tuple[str, ...]:
+    """Return the study's overrides of cells without privacy, less what the user has chosen."""
+    found = {} if study is None else study.without_privacy
+    return tuple(f"{name}={value}" for name, value in found.items() if name not in given)
+
+
+def _name(word: str) -> str:
+    return word.lstrip("+").partition("=")[0]
 
 
 def widen(old: SweepFacts, new: SweepFacts) -> SweepFacts:
@@ -273,7 +296,7 @@ def widen(old: SweepFacts, new: SweepFacts) -> SweepFacts:
 
 def _last(words: Sequence[str]) -> list[str]:
     """Return the word that decides each setting: the last of its name."""
-    return list({word.lstrip("+").partition("=")[0]: word.lstrip("+") for word in words}.values())
+    return list({_name(word): word.lstrip("+") for word in words}.values())
 
 
 def planned_cells(facts: SweepFacts, folder: Path) -> list[Planned]:

@@ -71,6 +71,8 @@ class SweepFacts:
         axes: Values by setting, as on the command line, in the order of the study;
             ``privacy.epsilon`` may have the value ``inf``, which is no privacy at all.
         search: Whether values were chosen one after the other, by their results.
+        without_privacy: Overrides of the cells at ``privacy.epsilon=inf`` alone, in place
+            of those of the same name: steps that are not clipped need another size.
     """
 
     name: str
@@ -79,6 +81,7 @@ class SweepFacts:
     fixed: tuple[str, ...]
     axes: Mapping[str, tuple[str, ...]]
     search: bool = False
+    without_privacy: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

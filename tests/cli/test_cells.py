@@ -12,6 +12,7 @@ from fedlr.cli import cells
 from fedlr.cli.cells import combinations, config_of, overrides_of, plan_cells, sort_words, widened
 from fedlr.cli.compose import choices, compose, configuration_folder
 from fedlr.cli.studies import read_studies
+from fedlr.cli.sweep import read_request, settle
 from fedlr.errors import ConfigError
 from fedlr.report.sweep import SweepFacts
 
@@ -73,6 +74,29 @@ def test_an_infinite_epsilon_is_no_privacy() -> None:
     assert cell.config.privacy.mode == "none"
     assert cell.config == compose(["privacy=none"])
     assert cell.facts.values == {"privacy.epsilon": "inf"}
+
+
+def test_cells_without_privacy_have_steps_of_their_own() -> None:
+    own = ("optimizer.learning_rate=0.5",)
+    fixed = ("optimizer.learning_rate=4", "seed=1")
+    unbounded = overrides_of(fixed, {"privacy.epsilon": "inf"}, own)
+    assert unbounded == ("seed=1", "privacy=none", *own)
+    assert overrides_of(fixed, {"privacy.epsilon": "8"}, own) == (*fixed, "privacy.epsilon=8")
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"), [((), None), (("optimizer.learning_rate=2",), 2.0)], ids=["study", "user"]
+)
+def test_a_study_says_the_steps_without_privacy_unless_the_user_does(
+    words: tuple[str, ...], rate: float | None
+) -> None:
+    study = STUDIES["privacy_budget"]
+    request = read_request(["sweep=privacy_budget", "privacy.epsilon=8,inf", *words, "name=never"])
+    found, _ = settle(request)
+    wanted = float(study.without_privacy["optimizer.learning_rate"]) if rate is None else rate
+    cells = [cell.config for cell in plan_cells(found, combinations(found.axes))]
+    rates = {cell.privacy.mode: cell.optimizer.learning_rate for cell in cells}
+    assert rates == {"dp": rate or compose([]).optimizer.learning_rate, "none": wanted}
 
 
 def test_widened_axes_keep_names_and_numbers_go_on() -> None:

@@ -127,7 +127,7 @@ def _plot_trade(
     axes.margins(y=0.12)
     label = "largest ε of any client, by its ledger"
     axes.set_xlabel(label if by_epsilon else f"payload of a run ({_unit(largest)[1]})")
-    axes.set_ylabel("mean validation accuracy (%)")
+    axes.set_ylabel("mean accuracy (%)")
     legend(figure, _keys(grid, known, theme))
 
 
