@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help simulate test test-all browser lint bench clean
+.PHONY: help simulate test test-all browser lint bench bench-gpu clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,10 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,dev]"
 	@touch $@
 
-test test-all bench: export HF_HUB_OFFLINE := 1
-test test-all bench: export HF_HUB_DISABLE_TELEMETRY := 1
-test test-all bench: export FLWR_TELEMETRY_ENABLED := 0
-test test-all bench: export TOKENIZERS_PARALLELISM := false
+test test-all bench bench-gpu: export HF_HUB_OFFLINE := 1
+test test-all bench bench-gpu: export HF_HUB_DISABLE_TELEMETRY := 1
+test test-all bench bench-gpu: export FLWR_TELEMETRY_ENABLED := 0
+test test-all bench bench-gpu: export TOKENIZERS_PARALLELISM := false
 
 simulate: $(STAMP) ## Run a federation on this machine
 	$(BIN)/fedlr simulate
@@ -49,6 +49,11 @@ lint: $(STAMP) ## Check style, format and types
 
 bench: $(STAMP) ## Run the benchmarks: one table, and build/bench.json
 	$(BIN)/python -m pytest tests/benchmarks -m bench -s -o faulthandler_timeout=3600
+
+bench-gpu: $(STAMP) ## Test the kernels on a GPU, then measure there: build/bench-gpu.json
+	$(BIN)/python -m pytest tests/kernels -m gpu
+	FEDLR_BENCH_JSON=build/bench-gpu.json $(BIN)/python -m pytest tests/benchmarks/test_gpu.py \
+		tests/benchmarks/test_gpu_kernels.py -m bench -s -rs -o faulthandler_timeout=1800
 
 clean: ## Remove the environment, caches and build output; runs are kept
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
