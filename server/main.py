@@ -88,7 +88,11 @@ def _begin(config: RunConfig, flower_run: int) -> Session:
     began = time.monotonic()
     workbench = build(config, say)
     session = begin(workbench, began, say)
-    write_order(order_file(config.output, flower_run), session.order)
+    try:
+        write_order(order_file(config.output, flower_run), session.order)
+    except BaseException:
+        session.close()
+        raise
     return session
 
 

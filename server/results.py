@@ -1,4 +1,4 @@
-"""A run → its summary, adapter and plot."""
+"""A run → its summary, adapter, plot and page."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,18 @@ from fedlr.errors import LedgerError
 from fedlr.orders import SiteOrder
 from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.ledger import SqliteLedger
+from fedlr.report.command import shell
 from fedlr.report.facts import RunFacts
+from fedlr.report.live import say
 from fedlr.report.page import run
 from fedlr.report.plots import curves
 from fedlr.report.records import SUMMARY_FILE, ClientSummary, Summary, write_summary
-from fedlr.report.spectra import write_intruders
+from fedlr.report.spectra import INTRUDERS_FILE, write_intruders
 from fedlr.report.stops import BOUNDS, stops
+from fedlr.report.units import printable
 from fedlr.restore import RunModel, save_result
 from server.outcome import Checkpoint, Outcome
-from server.spectra import base_weights, intruders_of
+from server.spectra import base_weight, intruders_of
 
 
 def so_far(checkpoint: Checkpoint) -> Outcome:
@@ -166,20 +170,46 @@ def _spent(epsilon: Mapping[str, float], client: str, mode: str) -> float | None
 
 
 def write_results(workbench: Workbench, outcome: Outcome, summary: Summary, folder: Path) -> None:
-    """Write ``adapter/``, plot, summary and page of a run into ``folder``.
+    """Write ``adapter/``, plot and summary of a run into ``folder``, the summary last: the run
+    has ended where it is there.
 
-    ``summary.json`` comes after everything that a reader of it looks for; the page, which
-    shows it, comes last. Without a completed round there is no trained model, and no
-    ``adapter/``.
+    Without a completed round there is no trained model, and no ``adapter/``.
     """
     if summary.rounds:
         save_result(RunModel.of(workbench), outcome.parts, summary, folder / "adapter")
-        adapted = workbench.adapted
-        found = intruders_of(adapted.sites, base_weights(adapted), outcome.parts)
-        write_intruders(folder, found)
     curves(outcome.records, summary, folder / "curves.png")
     write_summary(folder / SUMMARY_FILE, summary)
-    run.write(folder, None, plain_default(), figures=False, ended=True)
+
+
+def write_page(workbench: Workbench, outcome: Outcome, folder: Path) -> None:
+    """Write ``intruders.json`` and the page of a run whose summary is in ``folder``.
+
+    They are looked at, and nothing depends on them: what goes wrong is said on this
+    terminal, and the run has ended all the same.
+    """
+    try:
+        (folder / INTRUDERS_FILE).unlink(missing_ok=True)
+        _write_intruders(workbench, outcome, folder)
+    except Exception as error:
+        say(f"intruder dimensions could not be looked for: {_reason(error)}; all else is there")
+    try:
+        run.write(folder, None, plain_default(), figures=False, ended=True)
+    except Exception as error:
+        again = shell(["fedlr", "report", str(folder)])
+        say(f"the page could not be drawn: {_reason(error)}; `{again}` tries again")
+
+
+def _write_intruders(workbench: Workbench, outcome: Outcome, folder: Path) -> None:
+    """Compare the result with the base; a run without a completed round has none."""
+    adapted = workbench.adapted
+    if outcome.state.round:
+        found = intruders_of(adapted.sites, partial(base_weight, adapted), outcome.parts)
+        if found is not None:
+            write_intruders(folder, found)
+
+
+def _reason(error: Exception) -> str:
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def plain_default() -> Mapping[str, Any]:

@@ -36,10 +36,10 @@ from server import books
 from server.hooks import Hooks
 from server.journal import FileJournal, write_head
 from server.outcome import Checkpoint, Outcome, StrategyConfig
-from server.results import settle, summarise, write_results
+from server.results import settle, summarise, write_page, write_results
 from server.spectra import SpectrumRecorder
 from server.strategy import FederatedStrategy
-from server.tracking import TrackedProgress, check_tracking, open_tracker
+from server.tracking import TrackedProgress, check_tracking, open_tracker, tell_end
 
 LEDGERS = "ledgers"
 """Folder of the ledgers of simulated clients, in the run folder."""
@@ -105,7 +105,7 @@ class Session:
         return FederatedStrategy(settings, bench.method, self.start, bench.provenance, hooks)
 
     def finish(self, outcome: Outcome) -> Summary:
-        """Write adapter, plot and summary, and return the summary.
+        """Write adapter, plot, summary and page, tell the tracker, and return the summary.
 
         ε is that of the ledgers, which also count rounds that were paid for and not
         joined; the duration is that of the rounds before a resume and of this process.
@@ -116,6 +116,7 @@ class Session:
         summary = summarise(self.config, self.facts, outcome, wall_s)
         write_results(self.workbench, outcome, summary, self.folder)
         self.tracker.finish(summary)
+        write_page(self.workbench, outcome, self.folder)
         return summary
 
     def check_progress(self, summary: Summary, outcome: Outcome) -> None:
@@ -179,23 +180,29 @@ def begin(
         told = (*facts.notices, *books.notices(order))
         facts = replace(facts, notices=told, sources=order.sources)
         write_facts(folder, facts)
+        start = _first(workbench)
+        tracker = open_tracker(config, folder, facts)
     except BaseException:
         journal.close()
         raise
-    tracker = open_tracker(config, folder, facts)
-    return Session(workbench, folder, facts, order, _first(workbench), journal, began, tracker)
+    return Session(workbench, folder, facts, order, start, journal, began, tracker)
 
 
 def finished(folder: Path) -> Summary | None:
     """Return the summary of the run in ``folder`` if its last round is done, else None.
 
+    A tool that knows the run and was never told its end is told it now.
+
     Raises:
         RunError: ``folder`` is no run folder, or a file in it is damaged.
     """
-    config, path = read_config(folder, read_facts(folder)), folder / SUMMARY_FILE
+    facts, path = read_facts(folder), folder / SUMMARY_FILE
+    config = read_config(folder, facts)
     summary = read_summary(path) if path.exists() else None
-    done = summary is not None and summary.rounds >= config.federation.rounds
-    return summary if done else None
+    if summary is None or summary.rounds < config.federation.rounds:
+        return None
+    tell_end(config, folder, facts, summary)
+    return summary
 
 
 def order_of(folder: Path, config: RunConfig, facts: RunFacts) -> SiteOrder:
@@ -230,10 +237,10 @@ def resume(folder: Path, say: Say = lambda _: None, reuse: Reuse = NOTHING_SHARE
         order = order_of(folder, config, facts)
         books.check_resumed(config, facts, order, start)
         books.observe(workbench, order, say)
+        tracker = open_tracker(config, folder, facts, start.records)
     except BaseException:
         journal.close()
         raise
-    tracker = open_tracker(config, folder, facts, start.records)
     return Session(workbench, folder, facts, order, start, journal, began, tracker)
 
 
@@ -316,7 +323,8 @@ def _examine(workbench: Workbench, reuse: Reuse) -> None:
 
     It sees the private step on made-up rows: not whose data they are, how many take part
     how often, nor the budget. σ scales one product, whose deviation is measured in
-    units of σ, and the seed draws public numbers only.
+    units of σ, and the seed draws public numbers only. How many rows pass at once, which may
+    have been measured, and the threads decide how sums are formed.
     """
     config, plain = workbench.config, RunConfig()
     unseen: dict[str, Any] = {
@@ -333,7 +341,9 @@ def _examine(workbench: Workbench, reuse: Reuse) -> None:
         privacy=replace(config.privacy, **budget),
     )
     labels = len(workbench.data.label_names)
-    key = (to_json(seen), workbench.provenance.base, workbench.trainer.device, labels)
+    trainer = workbench.trainer
+    passes = (trainer.settings.physical_batch, torch.get_num_threads())
+    key = (to_json(seen), workbench.provenance.base, trainer.device, labels, passes)
     reuse.get("examination", key, lambda: quick(workbench), keep=64)
 
 

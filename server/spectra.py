@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,28 +113,35 @@ def update_of(site: AdapterSite, parts: Parts) -> Factors | None:
 
 
 def intruders_of(
-    sites: Sequence[AdapterSite], weights: Sequence[Tensor | None], parts: Parts
-) -> Intruders:
+    sites: Sequence[AdapterSite], weight_of: Callable[[AdapterSite], Tensor | None], parts: Parts
+) -> Intruders | None:
     """Return the intruder dimensions of a result against its base weights.
 
     Args:
         sites: All adapted layers, in model order.
-        weights: The base weight of each, shape (m, n); None where it cannot be had.
+        weight_of: Returns the base weight of one, shape (m, n), or None where it cannot be
+            had. Called for the layers that are looked at alone, one after the other: out
+            of 4 bits, all of them would be the whole model in float32.
         parts: The result.
+
+    Returns:
+        None where no layer has an update that could have directions.
     """
-    pairs = [update_of(site, parts) for site in sites]
-    usable = [
-        (site, weight, pair)
-        for site, weight, pair in zip(sites, weights, pairs, strict=True)
-        if weight is not None and pair is not None and _is_finite(pair)
-    ]
-    chosen = affordable([(site.out_features, site.in_features) for site, _, _ in usable])
+    pairs = [(site, pair) for site in sites if (pair := update_of(site, parts)) is not None]
+    if not pairs:
+        return None
+    usable = [(site, pair) for site, pair in pairs if _is_finite(pair)]
+    chosen = affordable([(site.out_features, site.in_features) for site, _ in usable])
+    looked = (
+        (site, _similarity(weight_of(site), pair)) for site, pair in (usable[i] for i in chosen)
+    )
     found = tuple(
-        SiteSimilarity(site=site.name, similarity=tuple(leading_similarity(w, pair).tolist()))
-        for site, w, pair in (usable[index] for index in chosen)
+        SiteSimilarity(site=site.name, similarity=similarity)
+        for site, similarity in looked
+        if similarity is not None
     )
     missing = None
-    if len(usable) < len(sites):
+    if len(usable) < len(sites) or len(found) < len(chosen):
         missing = (
             "Layers whose update is not finite, or whose base weight is not here, are left out."
         )
@@ -148,20 +155,21 @@ def intruders_of(
     )
 
 
-def base_weights(model: AdaptedModel) -> list[Tensor | None]:
-    """Return the frozen weight of every site, shape (m, n), 4 bits read out.
+def base_weight(model: AdaptedModel, site: AdapterSite) -> Tensor | None:
+    """Return the frozen weight of a site, shape (m, n), 4 bits read out.
 
-    None where a layer keeps it in another form.
+    None where the layer keeps it in another form.
     """
-    found: list[Tensor | None] = []
-    for site in model.sites:
-        layer = model.encoder.get_submodule(f"base_model.model.{site.name}")
-        weight = dense_weight(layer.get_submodule("base_layer"))
-        if getattr(layer, "fan_in_fan_out", False):  # GPT-2's layers are transposed
-            weight = weight.mT
-        fits = weight.shape == (site.out_features, site.in_features)
-        found.append(weight if fits and weight.is_floating_point() else None)
-    return found
+    layer = model.encoder.get_submodule(f"base_model.model.{site.name}")
+    weight = dense_weight(layer.get_submodule("base_layer"))
+    if getattr(layer, "fan_in_fan_out", False):  # GPT-2's layers are transposed
+        weight = weight.mT
+    fits = weight.shape == (site.out_features, site.in_features)
+    return weight if fits and weight.is_floating_point() else None
+
+
+def _similarity(weight: Tensor | None, pair: Factors) -> tuple[float, ...] | None:
+    return None if weight is None else tuple(leading_similarity(weight, pair).tolist())
 
 
 def _measure(sites: Sequence[AdapterSite], parts: Parts, first: Parts) -> _Measured:

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedlr.config import RunConfig
+from fedlr.errors import FedlrError
 from fedlr.report.facts import RunFacts
 from fedlr.report.folder import output_folder
-from fedlr.report.live import Progress
-from fedlr.report.records import RoundRecord
+from fedlr.report.live import Progress, say
+from fedlr.report.places import withheld
+from fedlr.report.records import ROUNDS_FILE, RoundRecord, Summary, read_rounds
 from fedlr.report.tracking.build import Target, build, check
+from fedlr.report.tracking.memory import recall
 from fedlr.report.tracking.tracker import Setting, TrackedRun, Tracker
 
-PLACES = (
-    *("output", "data.path", "data.cache", "privacy.policies", "federation.address"),
-    "tracking",
-)
-"""Settings that name folders or machines: a folder's name can tell who is in the data."""
-
-FILES = ("data.train_split", "data.validation_split")
-"""Settings that name files where ``data.kind`` is ``file``."""
-
-_ON_THE_HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+OWN = "tracking"
+"""Settings of the tool itself, which has them."""
 
 
 def check_tracking(config: RunConfig) -> None:
@@ -60,19 +54,36 @@ def open_tracker(
     return tracker
 
 
+def tell_end(config: RunConfig, folder: Path, facts: RunFacts, summary: Summary) -> None:
+    """Tell a tool the result of a run that has ended, where it knows the run and not its end.
+
+    The process may have died between the two, or the tool have been left. It never raises.
+    """
+    kind = config.tracking.kind
+    try:
+        memory = recall(folder, kind)
+        if memory is None or memory.finished:
+            return
+        records = read_rounds(folder / ROUNDS_FILE)
+        tracker = open_tracker(config, folder, facts, records)
+    except FedlrError as error:
+        say(f"tracking={kind} was not told how the run ended: {error}")
+        return
+    tracker.finish(summary)
+    tracker.close()
+
+
 def public_settings(config: RunConfig) -> dict[str, Setting]:
-    """Return the configuration by dotted name, without `PLACES`, unset values and local files.
+    """Return the configuration by dotted name, without unset values, `OWN` and what is `withheld`.
 
     Lists are texts, their items joined by commas.
     """
-    held = PLACES + (FILES if config.data.kind == "file" else ())
-    if not _public_model(config.model.name):
-        held += ("model.name",)
     found = _flat(asdict(config))
+    held = withheld(found)
     return {
         name: value
         for name, value in found.items()
-        if not any(name == place or name.startswith(f"{place}.") for place in held)
+        if name not in held and not name.startswith(f"{OWN}.")
     }
 
 
@@ -122,11 +133,6 @@ def _target(config: RunConfig) -> Target:
     return Target(
         kind=tracking.kind, uri=tracking.uri, project=tracking.project, mode=tracking.mode
     )
-
-
-def _public_model(name: str) -> bool:
-    """Return whether a model's name is one of the hub, and no folder of this machine."""
-    return _ON_THE_HUB.fullmatch(name) is not None and not Path(name).is_dir()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Setting]:

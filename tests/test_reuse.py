@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from fedlr.build import Workbench, build
+from fedlr.build import Workbench, build, source_spec
 from fedlr.config import RunConfig
+from fedlr.data.batching import TokenisedDataset
 from fedlr.errors import ModelError
 from fedlr.methods.method import Parts, Role
 from fedlr.privacy.noise import public_stream
-from fedlr.reuse import Reuse
+from fedlr.reuse import Reuse, base_key, rows_key, with_states
 from fedlr.training.local import LocalTask
+from fedlr.training.prefix import FrozenPrefix, PrefixCache
 from tests.models import LONGEST, encoder
 from tests.test_build import config, saved
 
@@ -142,3 +150,132 @@ def stepped(bench: Workbench, parts: Parts) -> Parts:
 def hidden(bench: Workbench) -> torch.Tensor:
     assert bench.trainer._data.hidden is not None
     return bench.trainer._data.hidden
+
+
+def deeper(name: str) -> RunConfig:
+    return config(name, adapter={"layers": [-2, -1]})
+
+
+def drawn(name: str, seed: int) -> RunConfig:
+    given = config(name, adapter={"layers": [-1]}, model={"name": name, "random_weights": True})
+    return replace(given, seed=seed)
+
+
+def narrow(name: str) -> RunConfig:
+    kept = upper(name)
+    model = replace(kept.model, precision="bfloat16")
+    return replace(kept, model=model, privacy=replace(kept.privacy, mode="none"))
+
+
+def plain(name: str) -> RunConfig:
+    kept = upper(name)
+    return replace(kept, privacy=replace(kept.privacy, mode="none"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (upper, deeper),
+        (deeper, upper),
+        (plain, narrow),
+        (lambda name: drawn(name, 0), lambda name: drawn(name, 1)),
+        (upper, lambda name: config(name, adapter={"layers": [-1]}, model={"max_length": 8})),
+    ],
+    ids=["deeper", "less deep", "precision", "drawn weights", "length"],
+)
+def test_what_another_run_left_changes_no_bit(
+    name: str, before: Callable[[str], RunConfig], after: Callable[[str], RunConfig]
+) -> None:
+    reuse = Reuse()
+    build(before(name), reuse=reuse)
+    shared, alone = build(after(name), reuse=reuse), build(after(name))
+    mine, theirs = (bench.base.encoder.state_dict() for bench in (shared, alone))
+    frozen = [key for key in mine if "lora_" not in key]
+    assert all(torch.equal(mine[key], theirs[key]) for key in frozen)
+    assert all(mine[key].dtype == theirs[key].dtype for key in frozen)
+    rows, same = shared.trainer._data.tokens, alone.trainer._data.tokens
+    assert np.array_equal(rows, same)
+    if after is not narrow:  # whose states do not replay to the bit, so none are kept
+        assert torch.equal(hidden(shared), hidden(alone))
+    parts = shared.method.init(shared.layout, torch.Generator().manual_seed(0)).parts
+    found = [stepped(bench, parts) for bench in (shared, alone)]
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
+def test_another_model_has_rows_and_weights_of_its_own(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = saved(encoder("bert", layers=3, seed=1), tmp_path_factory.mktemp("other") / "bert")
+    reuse = Reuse()
+    one, two = (build(upper(given), reuse=reuse) for given in (name, other))
+    assert shares(one, two) == {"weights": False, "data": True, "states": False}
+    assert torch.equal(hidden(two), hidden(build(upper(other))))
+
+
+CPU = torch.device("cpu")
+
+
+def test_the_keys_of_rows_and_weights_have_all_that_decides_them() -> None:
+    given = config("a")
+    model, data = given.model, given.data
+    rows = [
+        given,
+        replace(given, model=replace(model, name="b")),
+        replace(given, model=replace(model, revision="1" * 40)),
+        replace(given, model=replace(model, max_length=8)),
+        replace(given, data=replace(data, cache="elsewhere")),
+        replace(given, data=replace(data, max_examples=30)),
+    ]
+    assert len({rows_key(one, source_spec(one)) for one in rows}) == len(rows)
+    weights = [
+        *rows[:4],
+        replace(given, model=replace(model, sha256="0" * 64)),
+        replace(given, model=replace(model, precision="bfloat16")),
+        *(replace(given, seed=seed, model=replace(model, random_weights=True)) for seed in (0, 1)),
+    ]
+    assert len({base_key(one, CPU) for one in weights}) == len(weights)
+    # A seed that draws no weights leaves them as they are.
+    assert base_key(replace(given, seed=5), CPU) == base_key(given, CPU)
+
+
+class Filling:
+    """Stands for a cache: counts how often states are computed."""
+
+    def __init__(self, **passes: int | None) -> None:
+        usual: dict[str, int | None] = dict.fromkeys(("tokens", "megabytes", "own_shapes"))
+        self.__dict__.update({"size": 1, **usual, **passes})
+        self.made = 0
+
+    def fill(self, *_: object) -> TokenisedDataset:
+        self.made += 1
+        return cast(TokenisedDataset, object())
+
+
+class Depth:
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+
+
+def test_states_are_computed_again_for_all_that_decides_their_last_bits() -> None:
+    reuse, rows = Reuse(), cast(Any, (None, None))
+
+    def computed(key: Hashable = "rows", depth: int = 1, **passes: int | None) -> bool:
+        cache = Filling(**passes)
+        frozen = (nn.Identity(), cast(FrozenPrefix, Depth(depth)))
+        with_states(rows, cast(PrefixCache, cache), frozen, True, reuse, key)
+        assert cache.made in (0, 2)
+        return cache.made == 2
+
+    assert computed()
+    assert not computed()
+    changes: list[dict[str, Any]] = [{"key": "other rows"}, {"depth": 2}]
+    changes += [{name: 2} for name in ("size", "tokens", "megabytes", "own_shapes")]
+    for change in changes:
+        assert computed(**change), change
+        assert computed(), change
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert computed()
+    finally:
+        torch.set_num_threads(threads)

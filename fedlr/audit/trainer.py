@@ -54,8 +54,10 @@ class CanaryTrainer(LocalTrainer):
             RuntimeError: A step did not pass through this class, so that the audit
                 would have attacked nothing.
         """
-        if not isinstance(units, CanaryUnits) or self.directions is None:
-            raise ValueError("an audit needs CanaryUnits and directions before it trains")
+        if not isinstance(units, CanaryUnits):
+            raise ValueError(f"units = {type(units).__name__}; an audit trains on CanaryUnits")
+        if self.directions is None:
+            raise ValueError("directions = None; set directions before train")
         self._canary_units, self._sums = units, 0
         trained = super().train(task, units)
         if self._sums != self.settings.steps:
@@ -70,7 +72,7 @@ class CanaryTrainer(LocalTrainer):
         arrays: RowArrays,
     ) -> list[dict[PartKey, Tensor]]:
         if self._canary_units is None:
-            raise ValueError("a clipped sum was asked for outside of train")
+            raise ValueError("a clipped sum was asked for outside of train; call train instead")
         self._canaries = self._canary_units.drawn[-1][drawn.unit_index]
         self._seen = 0
         sums = super()._clipped_sums(members, gradients, drawn, arrays)
@@ -89,7 +91,7 @@ class CanaryTrainer(LocalTrainer):
     ) -> Mapping[PartKey, Tensor | Factored]:
         """Compute all gradients, the canaries' too, and then put the chosen ones in their place."""
         if self.directions is None:
-            raise ValueError("a clipped sum was asked for outside of train")
+            raise ValueError("directions = None; set directions before train")
         found = super()._differentiate(gradients, batch, positions, local, units)
         if not isinstance(found, UnitMatrix):
             found = dense(found)

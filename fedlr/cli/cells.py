@@ -58,8 +58,12 @@ def sort_words(words: Iterable[str], study: Iterable[str]) -> tuple[tuple[str, .
     Returns:
         (overrides of all cells, values by axis). Axes are in the order of the study, those
         of one's own behind them, and the seed last.
+
+    Raises:
+        ConfigError: A setting has several values, and is given twice.
     """
-    given = [(*values_of(word), word) for word in words]
+    given = [(*values_of(word), word.lstrip("+")) for word in words]
+    _refuse_twice(given)
     replaced = {name for name, _, _ in given}
     axes: dict[str, tuple[str, ...]] = {}
     fixed: list[str] = []
@@ -81,6 +85,19 @@ def sort_words(words: Iterable[str], study: Iterable[str]) -> tuple[tuple[str, .
     return tuple(fixed), unique
 
 
+def _refuse_twice(given: Iterable[tuple[str, tuple[str, ...] | None, str]]) -> None:
+    """Raise ConfigError where a setting that varies is given twice: one would be forgotten."""
+    problems = []
+    seen: dict[str, tuple[bool, str]] = {}
+    for name, values, word in given:
+        varies, other = seen.get(name, (False, ""))
+        if other and (varies or values is not None):
+            problems.append(f"{word}: {name} is given already by {other}; give it once")
+        seen[name] = (values is not None, word)
+    if problems:
+        raise ConfigError(problems)
+
+
 def widened(old: Mapping[str, tuple[str, ...]], new: Mapping[str, tuple[str, ...]]) -> Axes:
     """Return the axes of ``old`` with the values that ``new`` adds behind them."""
     return {name: tuple(_distinct((*values, *new[name]))) for name, values in old.items()}
@@ -95,7 +112,7 @@ def combinations(axes: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
     count = math.prod(map(len, axes.values()))
     if count > MOST_CELLS:
         raise ConfigError(
-            [f"the sweep has {count} cells, at most {MOST_CELLS}; take values away, or split it"]
+            [f"the sweep has more than {MOST_CELLS} cells; take values away, or split it"]
         )
     return [dict(zip(axes, found, strict=True)) for found in itertools.product(*axes.values())]
 

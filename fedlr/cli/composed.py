@@ -16,15 +16,13 @@ from fedlr.errors import FedlrError, LedgerError
 from fedlr.report.facts import FACTS_FILE, RunFacts, read_facts
 from fedlr.report.page.sweep import SweepCost
 from fedlr.report.plan import listed
-from fedlr.report.sweep import Cell, Sweep
+from fedlr.report.sweep import Cell, Sweep, strays
+from fedlr.report.traces import LEDGERS, trace
 
 if TYPE_CHECKING:
     from fedlr.config import RunConfig
     from fedlr.privacy.accounting import Accountant
     from fedlr.privacy.events import Release
-
-LEDGERS = "ledgers"
-"""Folder of the ledgers that a run made for itself, in the run folder."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ def composed(sweep: Sweep) -> SweepCost:
     its clients follows: the least σ, the largest q, the most steps.
 
     Args:
-        sweep: As `read_sweep` returns it. Runs that have not begun spent nothing.
+        sweep: As `read_sweep` returns it. Runs that have not begun spent nothing. Where a
+            run cannot be read, or a cell is not there any more, ε is not known.
     """
     begun = [cell for cell in sweep.cells if (cell.run / FACTS_FILE).exists()]
     runs, unread = list[Spent](), list[str]()
@@ -63,6 +62,7 @@ def composed(sweep: Sweep) -> SweepCost:
         except (FedlrError, ValueError) as error:
             reason = " ".join(str(error).split())
             unread.append(f"what {cell.facts.cell} spent cannot be read here: {reason}")
+    unread += [*_without_facts(sweep), *strays(sweep)]
     private = [run for run in runs if run.config.privacy.mode == "dp"]
     units = sorted({run.config.privacy.unit for run in private})
     if len(units) > 1:
@@ -89,6 +89,17 @@ def composed(sweep: Sweep) -> SweepCost:
         private_epsilon=largest,
         notices=notices,
     )
+
+
+def _without_facts(sweep: Sweep) -> list[str]:
+    """Say which cells have begun, as something in their run tells, and have lost their facts."""
+    lost = [cell for cell in sweep.cells if not (cell.run / FACTS_FILE).exists()]
+    return [
+        f"what {cell.facts.cell} spent cannot be read here: its run has {found} and no "
+        f"{FACTS_FILE}; bring {FACTS_FILE} back from a copy"
+        for cell in lost
+        if (found := trace(cell.run)) is not None
+    ]
 
 
 def read_spent(cell: Cell) -> Spent:
@@ -197,6 +208,12 @@ def _about(sweep: Sweep, private: Sequence[Spent]) -> list[str]:
             "the runs deal the data differently, so any client of a run may hold a given unit: "
             "each run is composed at the least σ and the largest q of its clients; for sites "
             "whose rows stay where they are that is an upper bound"
+        )
+    by_client = len(private) > 1 and _alike(private)
+    if by_client and not all(run.config.data.public for run in private):
+        told.append(
+            "this holds if the rows were the same in all runs: of data that are not declared "
+            "public, nothing here tells"
         )
     if shared := list(dict.fromkeys(name for run in private for name in run.shared)):
         told.append(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlr.cli.cells import config_of, named
 from fedlr.cli.simulate import run_cell
-from fedlr.errors import ConfigError, FedlrError, RunError
+from fedlr.errors import ConfigError, DataError, FedlrError, RunError
 from fedlr.report import units
 from fedlr.report.live import say
 from fedlr.report.records import SUMMARY_FILE, Summary, read_summary
@@ -60,6 +60,8 @@ _PLUGINS = {
 
 _CONFIG = "fedlr_sweep"
 _SCRATCH = ".hydra"
+
+_ELSEWHERE = "the reason was shown on the console of the process that ran it"
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def run_task(config: Any) -> None:
     run_one(folder, str(name), shared(), bool(config.quiet))
 
 
-def run_one(sweep: Path, name: str, reuse: Reuse, quiet: bool = False) -> Cell:
+def run_one(sweep: Path, name: str, reuse: Reuse, quiet: bool = False) -> Cell | None:
     """Run or go on with one cell, unless it is finished; never raise for what it met.
 
     Args:
@@ -154,25 +156,34 @@ def run_one(sweep: Path, name: str, reuse: Reuse, quiet: bool = False) -> Cell:
         quiet: Whether others run beside it.
 
     Returns:
-        The cell as it is now; where it failed, ``failure.json`` says why.
+        The cell as it is now; where it failed, ``failure.json`` says why. None where its
+        ``cell.json`` cannot be read.
     """
     folder = sweep / CELLS / name
-    cell = read_cell(folder)
-    if cell.state in ("finished", "running", "damaged"):
+    cell = _read(folder)
+    if cell is None or cell.state in ("finished", "running", "damaged"):
         return cell
-    clear_failure(folder)
-    config = named(config_of(cell.facts), sweep.name, str(sweep.parent.parent))
+    public = False  # until its configuration says so
     try:
+        clear_failure(folder)
+        config = named(config_of(cell.facts), sweep.name, str(sweep.parent.parent))
+        public = config.data.public
         with _own_threads():
             summary = run_cell(config, cell.run, reuse, quiet)
-    except FedlrError as error:
-        _note(folder, type(error).__name__, str(error))
     except Exception as error:
-        traceback.print_exc()
-        _note(folder, type(error).__name__, f"{type(error).__name__}: {_first_line(error)}")
+        _fail(folder, error, public)
     else:
         say(f"{name}: {_result(summary)}")
-    return read_cell(folder)
+    return _read(folder)
+
+
+def _read(folder: Path) -> Cell | None:
+    """Return the cell in ``folder``; None, and a word on it, where nothing says what it is."""
+    try:
+        return read_cell(folder)
+    except RunError as error:
+        say(f"{folder.name} cannot be run: {error}")
+        return None
 
 
 @cache
@@ -183,9 +194,24 @@ def shared() -> Reuse:
     return Reuse()
 
 
-def _note(folder: Path, kind: str, message: str) -> None:
-    write_failure(folder, Failure(kind=kind, message=message))
+def _fail(folder: Path, error: Exception, public: bool) -> None:
+    """Tell why a cell failed: all of it here, and in its folder what may be read by others.
+
+    Of data that are not declared public, what names a row stays on this console: messages
+    of `DataError` quote rows, and those of other packages may. A page is made of the file.
+    """
+    kind = type(error).__name__
+    message = str(error)
+    if not isinstance(error, FedlrError):
+        traceback.print_exception(error)
+        message = f"{kind}: {_first_line(error)}"
     say(f"{folder.name} failed: {message}")
+    if not public and (isinstance(error, DataError) or not isinstance(error, FedlrError)):
+        message = f"{kind}; {_ELSEWHERE}"
+    try:
+        write_failure(folder, Failure(kind=kind, message=message))
+    except (RunError, OSError) as problem:  # a full disk, which the next cell may survive
+        say(f"{folder.name}: why it failed could not be written: {problem}")
 
 
 def _result(summary: Summary) -> str:
@@ -196,7 +222,7 @@ def _result(summary: Summary) -> str:
 
 def _left(folder: Path, order: Sequence[str], position: int) -> str:
     """Say how long what has not started will take, where finished cells tell it."""
-    spent = [read_summary(path).wall_s for path in (folder / CELLS).glob(f"*/{RUN}/{SUMMARY_FILE}")]
+    spent = list(_durations(folder))
     if not spent:
         return ""
     done = sum((folder / CELLS / name / RUN / SUMMARY_FILE).exists() for name in order[:position])
@@ -205,6 +231,15 @@ def _left(folder: Path, order: Sequence[str], position: int) -> str:
     # The median: the first cell of a process makes what the others share.
     left = (len(order) - position) * statistics.median(spent) / beside
     return f", about {units.duration(left)} left"
+
+
+def _durations(folder: Path) -> Iterator[float]:
+    """Yield the seconds of every finished cell whose summary can be read."""
+    for path in (folder / CELLS).glob(f"*/{RUN}/{SUMMARY_FILE}"):
+        try:
+            yield read_summary(path).wall_s
+        except RunError:  # told of that cell, at the end
+            continue
 
 
 def _is_installed(plugin: str) -> bool:

@@ -58,7 +58,7 @@ def sort_out(
 
 
 MOST_VALUES = 1000
-"""Values of one override that `spread` goes through; no sweep is planned with as many."""
+"""Values that one override may have; of more, one beyond them is kept, for the refusal."""
 
 
 def spread(words: Sequence[str]) -> Iterator[list[str]]:
@@ -89,14 +89,14 @@ def values_of(word: str) -> tuple[str, tuple[str, ...] | None]:
 
 
 def _values(word: str) -> list[str]:
-    """Return a word with each of its values, at most `MOST_VALUES` of them."""
+    """Return a word with each of its values; of too many, one more than `MOST_VALUES`."""
     from hydra.errors import HydraException
 
     override, _ = _parse(word.lstrip("+"))
     if override is None or not override.is_sweep_override():
         return [word]
     try:
-        values = list(itertools.islice(override.sweep_string_iterator(), MOST_VALUES))
+        values = list(itertools.islice(override.sweep_string_iterator(), MOST_VALUES + 1))
     except HydraException:  # an interval, or a pattern: no list of values
         return [word]
     return [f"{word.partition('=')[0]}={value}" for value in values]

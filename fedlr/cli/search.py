@@ -16,17 +16,20 @@ from typing import TYPE_CHECKING
 from fedlr.cli.cells import plan_cells
 from fedlr.cli.launch import run_one, shared
 from fedlr.cli.studies import Search
-from fedlr.errors import ConfigError
+from fedlr.errors import ConfigError, RunError
 from fedlr.report.live import say
 from fedlr.report.sweep import CELLS, Cell, CellFacts, SweepFacts, read_sweep, write_cell
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
+    from optuna.samplers import BaseSampler
 
 FILE = "search.db"
 """Optuna's trials, SQLite, in the sweep's folder."""
 
 _TRIES = 2
+_MOST_REPEATS = 20
+"""Proposals in a row that make no new cell: a range that has no more values of four digits."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ def check_optuna() -> None:
 def search(task: Searching) -> None:
     """Carry the search on until it has `Search.trials` cells; each is tried twice at most.
 
+    Raises:
+        RunError: `FILE` is damaged, or proposals repeat themselves.
+
     Guarantees:
         The n-th proposal is a function of seed, earlier results and n: a search that was
         interrupted proposes what one in one go would have.
@@ -68,8 +74,17 @@ def search(task: Searching) -> None:
     try:
         _settle(study, task)
         _again(study, task)
-        while len(_cells(task.folder)) < task.search.trials:
+        repeats, count = 0, len(_cells(task.folder))
+        while count < task.search.trials:
+            if repeats == _MOST_REPEATS:
+                raise RunError(
+                    f"the last {repeats} proposals were values that have a cell already, so the "
+                    f"search ends with {count} of {task.search.trials} cells; take a wider range, "
+                    "or fewer search.trials"
+                )
             _answer(study, _ask(study, task), task)
+            before, count = count, len(_cells(task.folder))
+            repeats = repeats + 1 if count == before else 0
     finally:
         shared.cache_clear()
 
@@ -78,12 +93,22 @@ def _open(task: Searching) -> Study:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna.create_study(
-        storage=f"sqlite:///{task.folder.resolve() / FILE}",
-        study_name="search",
-        direction="maximize",
-        load_if_exists=True,
-    )
+    path = task.folder.resolve() / FILE
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{path}",
+            study_name="search",
+            direction="maximize",
+            load_if_exists=True,
+        )
+        study.get_trials(deepcopy=False)
+        return study
+    except Exception as error:  # of Optuna, or of what it keeps trials with
+        reason = " ".join(str(error).split()).partition(" [SQL")[0].rstrip(".")
+        raise RunError(
+            f"{path} cannot be read: {reason}; bring it back from a copy, or search anew under "
+            "another name=<name>"
+        ) from error
 
 
 def _settle(study: Study, task: Searching) -> None:
@@ -91,6 +116,7 @@ def _settle(study: Study, task: Searching) -> None:
     import optuna
 
     for frozen in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+        study.sampler = _sampler(frozen.number, task)
         _answer(study, optuna.trial.Trial(study, frozen._trial_id), task)
 
 
@@ -103,12 +129,16 @@ def _again(study: Study, task: Searching) -> None:
 
 
 def _ask(study: Study, task: Searching) -> Trial:
-    """Return the next trial; its sampler's seed is its own, so that no restart repeats draws."""
+    """Return the next trial."""
+    study.sampler = _sampler(len(study.get_trials(deepcopy=False)), task)
+    return study.ask()
+
+
+def _sampler(number: int, task: Searching) -> BaseSampler:
+    """Return the sampler of one trial: its seed is its own, so that no restart repeats draws."""
     import optuna
 
-    number = len(study.get_trials(deepcopy=False))
-    study.sampler = optuna.samplers.TPESampler(seed=(1_000_003 * task.seed + number) % 2**32)
-    return study.ask()
+    return optuna.samplers.TPESampler(seed=(1_000_003 * task.seed + number) % 2**32)
 
 
 def _answer(study: Study, trial: Trial, task: Searching) -> None:
@@ -126,7 +156,7 @@ def _answer(study: Study, trial: Trial, task: Searching) -> None:
     say(f"cell {facts.number + 1} of {task.search.trials}: {listed}")
     for _ in range(_TRIES):
         cell = run_one(task.folder, facts.cell, shared())
-        if cell.summary is not None and cell.summary.accuracy is not None:
+        if cell is not None and cell.summary is not None and cell.summary.accuracy is not None:
             study.tell(trial, cell.summary.accuracy)
             return
     study.tell(trial, state=optuna.trial.TrialState.FAIL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from fedlr.cli.compose import choices, compose, compose_mapping, configuration_f
 from fedlr.cli.launch import BASIC, LAUNCHERS, Launcher, launch
 from fedlr.cli.studies import GROUP, Search, Study, read_studies
 from fedlr.errors import ConfigError, FedlrError, RunError
-from fedlr.report.folder import check_output, output_folder
+from fedlr.report.folder import check_name, check_output, output_folder
 from fedlr.report.live import say
 from fedlr.report.sweep import (
     CELL_FILE,
@@ -132,15 +133,17 @@ def sweep(request: Request) -> int:
             raise RunError(f"{folder} was changed meanwhile; give the command again")
         write_sweep_facts(folder, facts)
         try:
-            prepared()
-        except RunError as error:
-            problem = error
-        found = read_sweep(folder)
-        show_sweep(found, sys.stdout)
-        for line in failures(found):
-            say(line)
-        _draw(folder)
-        print(folder)
+            try:
+                prepared()
+            except RunError as error:
+                problem = error
+            found = read_sweep(folder)
+            show_sweep(found, sys.stdout)
+            for line in failures(found):
+                say(line)
+            _draw(folder)
+        finally:
+            print(folder, flush=True)
     if problem is not None:
         raise problem
     return 0 if len(found.of("finished")) == len(found.cells) else RunError.exit_code
@@ -154,6 +157,10 @@ def _draw(folder: Path) -> None:
         say(f"the page of the sweep is {report(folder)}")
     except FedlrError as error:
         say(f"no page of the sweep: {error}")
+    except Exception as error:  # a mistake of ours: the cells are finished all the same
+        traceback.print_exception(error)
+        kind = type(error).__name__
+        say(f"no page of the sweep ({kind}, shown above); report this. The cells are there")
 
 
 def _gridded(request: Request, facts: SweepFacts, folder: Path) -> Work:
@@ -244,6 +251,7 @@ def settle(request: Request) -> tuple[SweepFacts, Path]:
     _check_axes(axes)
     outputs = [word for word in fixed if word.startswith("output=")]
     name = request.name or (study.name if study is not None else grid.default_name(axes))
+    check_name(name)
     facts = SweepFacts(
         name=name,
         study=None if study is None else study.name,
@@ -252,6 +260,7 @@ def settle(request: Request) -> tuple[SweepFacts, Path]:
         axes=axes,
         search=request.search is not None,
         without_privacy=_without_privacy(study, set(map(_name, request.words))),
+        trials=None if request.search is None else request.search.trials,
     )
     folder = output_folder(str(compose_mapping(outputs)["output"])) / SWEEPS / name
     return (widen(read_sweep(folder).facts, facts) if is_sweep(folder) else facts), folder
@@ -268,7 +277,7 @@ def _name(word: str) -> str:
 
 
 def widen(old: SweepFacts, new: SweepFacts) -> SweepFacts:
-    """Return the sweep in a folder with the values that ``new`` adds.
+    """Return the sweep in a folder with the values, or the trials, that ``new`` asks for.
 
     Raises:
         ConfigError: They differ in anything else.
@@ -291,7 +300,7 @@ def widen(old: SweepFacts, new: SweepFacts) -> SweepFacts:
     if problems:
         way = "give the overrides it was begun with, or another name=<name>"
         raise ConfigError([f"the sweep {new.name!r}: {problem}; {way}" for problem in problems])
-    return replace(old, axes=grid.widened(old.axes, new.axes))
+    return replace(old, axes=grid.widened(old.axes, new.axes), trials=new.trials)
 
 
 def _last(words: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ module         content
 `card`         the model card of an exported folder, its loader included
 `promise`      the promise of privacy, and what stopped a client, in words
 `command`      a configuration as the words of a command line
+`places`       settings that name places, and what stands for them where others read
 `units`        numbers as people read them: kB, min, %, ε rounded up
 =============  ============================================================================
 

@@ -7,27 +7,32 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-_PLAIN = re.compile(r"[A-Za-z_][\w./+-]*")
+_PLAIN = re.compile(r"[A-Za-z_][\w./+-]*", re.ASCII)
 _WORDS = ("null", "true", "false", "nan", "inf")
 """What Hydra reads as something else than a text, in any case."""
 
+_NONE: Mapping[str, str] = {}
 
-def overrides(config: Mapping[str, Any], default: Mapping[str, Any]) -> tuple[str, ...]:
+
+def overrides(
+    config: Mapping[str, Any], default: Mapping[str, Any], stand_ins: Mapping[str, str] = _NONE
+) -> tuple[str, ...]:
     """Return the words by which ``config`` differs from ``default``, as Hydra reads them.
 
     Args:
         config: A configuration as nested mappings of numbers, texts, lists, booleans and None.
         default: What ``fedlr simulate`` composes without a word. A setting that only one of
             the two has is left out: it is another version's.
+        stand_ins: By dotted name, what is shown where a setting differs instead of its value.
 
     Example:
         >>> overrides({"seed": 1, "data": {"path": "a b"}}, {"seed": 0, "data": {"path": None}})
         ('data.path="a b"', 'seed=1')
     """
-    before = dict(_leaves(default))
+    before = dict(leaves(default))
     return tuple(
-        f"{name}={_value(value)}"
-        for name, value in sorted(_leaves(config))
+        f"{name}={_value(stand_ins.get(name, value))}"
+        for name, value in sorted(leaves(config))
         if name in before and value != before[name]
     )
 
@@ -42,15 +47,24 @@ def shell(words: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-def settings(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Return every setting by its dotted name, in alphabetical order, as Hydra reads it."""
-    return tuple((name, _value(value)) for name, value in sorted(_leaves(config)))
+def settings(
+    config: Mapping[str, Any], stand_ins: Mapping[str, str] = _NONE
+) -> tuple[tuple[str, str], ...]:
+    """Return every setting by its dotted name, in alphabetical order, as Hydra reads it.
+
+    ``stand_ins`` are shown as they are, instead of the values of their names.
+    """
+    return tuple(
+        (name, stand_ins[name] if name in stand_ins else _value(value))
+        for name, value in sorted(leaves(config))
+    )
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every setting and its dotted name."""
     for name, value in config.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

@@ -18,6 +18,8 @@ from fedlr import __version__
 from fedlr.errors import RunError
 from fedlr.report.facts import FACTS_FILE
 from fedlr.report.records import write_atomically
+from fedlr.report.sweep import hold_run
+from fedlr.report.traces import trace
 
 CONFIG_FILE = "config.json"
 
@@ -32,7 +34,7 @@ def output_folder(output: str) -> Path:
 
 def check_output(output: Path, name: str) -> None:
     """Raise RunError now if `create_run_folder` would refuse; leaves nothing."""
-    _check_name(name)
+    check_name(name)
     existing = next(
         path for path in (output.absolute(), *output.absolute().parents) if os.path.lexists(path)
     )
@@ -66,7 +68,7 @@ def create_run_folder(output: Path, name: str, now: datetime) -> Path:
     Raises:
         RunError: The name has other characters, or the place cannot be written.
     """
-    _check_name(name)
+    check_name(name)
     parent = output / now.strftime("%Y-%m-%d")
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -101,24 +103,35 @@ def remove_unbegun(folder: Path) -> None:
     """Remove what a process that was killed before its run began has left in ``folder``.
 
     Raises:
-        RunError: It cannot be removed, or it is a run: that is never removed.
+        RunError: It cannot be removed, another process works at it, or it is a run, or
+            was one: that is never removed.
     """
     if not folder.exists():
         return
-    if (folder / FACTS_FILE).exists():
-        raise RunError(f"{str(folder)!r} is a run, with ledgers of what it spent; resume it")
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        raise RunError(
-            f"{error.filename or folder} cannot be removed: {error.strerror or error}; remove the "
-            "folder by hand"
-        ) from error
+    with hold_run(folder):
+        if (folder / FACTS_FILE).exists():
+            raise RunError(f"{str(folder)!r} is a run, with ledgers of what it spent; resume it")
+        if (found := trace(folder)) is not None:
+            raise RunError(
+                f"{str(folder)!r} was a run, as {found} tells, and has lost {FACTS_FILE}; bring "
+                f"{FACTS_FILE} back from a copy, or move the folder away and know that the ε "
+                "which it has spent is no longer counted"
+            )
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise RunError(
+                f"{error.filename or folder} cannot be removed: {error.strerror or error}; remove "
+                "the folder by hand"
+            ) from error
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise RunError where ``name`` cannot be the name of a folder."""
     if not name or not all(letter.isalnum() or letter in "._-" for letter in name):
         raise RunError(f"name = {name!r} must be letters, digits, '.', '_' or '-'; change it")
+    if name in (".", ".."):
+        raise RunError(f"name = {name!r} is a folder that exists already; choose another name")
 
 
 def write_config(folder: Path, config_json: str) -> None:

@@ -9,10 +9,8 @@ UNITS = {"example": "one training example", "user": "all rows of one user"}
 """What is added or removed between neighbouring data, by ``privacy.unit``."""
 
 UNPROTECTED = {
-    "none": "None: the sites' updates were not protected (`privacy.mode=none`).",
-    "dry": (
-        "None: ε = ∞. The run was dry, the private path without its noise (`privacy.mode=dry`)."
-    ),
+    "none": "None: the sites' updates were not protected (privacy.mode=none).",
+    "dry": "None: ε = ∞. The run was dry, the private path without its noise (privacy.mode=dry).",
 }
 """What there is to say where nothing is promised, by ``privacy.mode``."""
 

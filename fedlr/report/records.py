@@ -265,7 +265,10 @@ def read_summary(path: Path) -> Summary:
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}; the run has to be repeated") from error
+        raise RunError(
+            f"{path} is damaged: {error}; delete it, and `fedlr simulate resume=<run folder>` "
+            "settles the run anew"
+        ) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from fedlr import checks
 from fedlr.errors import RunError
 from fedlr.report import strict_json
+from fedlr.report.facts import FACTS_FILE
 from fedlr.report.records import (
     ROUNDS_FILE,
     SUMMARY_FILE,
@@ -36,6 +37,7 @@ from fedlr.report.records import (
     read_summary,
     write_atomically,
 )
+from fedlr.report.traces import trace
 
 SWEEPS = "sweeps"
 """Folder of all sweeps, in the output folder of runs."""
@@ -53,6 +55,12 @@ SWEEP_LOCK = "lock"
 
 LOCK = Path("journal") / "lock"
 """The file that a process holds locked while it carries a run on, in the run folder."""
+
+_MOST_NAMED = 12
+"""Numbers of lost cells that one sentence names."""
+
+_LOOK_S = 0.5
+"""A report that looks whether a run is going on holds the lock for less."""
 
 CellState = Literal["waiting", "running", "interrupted", "failed", "finished", "damaged"]
 """``waiting``: no run yet. ``interrupted``: a run that no process carries on. ``damaged``:
@@ -73,6 +81,7 @@ class SweepFacts:
         search: Whether values were chosen one after the other, by their results.
         without_privacy: Overrides of the cells at ``privacy.epsilon=inf`` alone, in place
             of those of the same name: steps that are not clipped need another size.
+        trials: Cells that a search is to have; None for a grid.
     """
 
     name: str
@@ -82,6 +91,7 @@ class SweepFacts:
     axes: Mapping[str, tuple[str, ...]]
     search: bool = False
     without_privacy: tuple[str, ...] = ()
+    trials: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,15 +184,44 @@ def is_sweep(folder: Path) -> bool:
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """Read a sweep's folder; cells that cannot be read are ``damaged``, never left out.
+    """Read a sweep's folder.
+
+    A cell of whose run a file cannot be read is ``damaged``, not left out. What has no
+    ``cell.json`` at all is no cell; `strays` tells of those that were one.
 
     Raises:
-        RunError: ``folder`` is no sweep, or its ``sweep.json`` is damaged.
+        RunError: ``folder`` is no sweep, or its ``sweep.json`` or a ``cell.json`` is damaged.
     """
     facts = read_sweep_facts(folder)
     places = sorted((folder / CELLS).glob(f"*/{CELL_FILE}"))
     cells = [read_cell(path.parent) for path in places]
     return Sweep(facts, folder, tuple(sorted(cells, key=lambda cell: cell.facts.number)))
+
+
+def strays(sweep: Sweep) -> tuple[str, ...]:
+    """Say which runs of a sweep its cells do not tell of, a sentence each; none where all is well.
+
+    Cells are numbered without gaps, and a cell that has begun has a ``cell.json``.
+    """
+    told, named = list[str](), set[str]()
+    for run in sorted((sweep.folder / CELLS).glob(f"*/{RUN}")):
+        lost = not (run.parent / CELL_FILE).exists()
+        if lost and ((run / FACTS_FILE).exists() or trace(run) is not None):
+            named.add(run.parent.name.partition("-")[0])
+            told.append(
+                f"{run.parent.name} has a run and no {CELL_FILE}, so what it spent is not known; "
+                f"bring {CELL_FILE} back from a copy"
+            )
+    numbers = {cell.facts.number for cell in sweep.cells}
+    missing = sorted(set(range(max(numbers, default=-1))) - numbers)
+    if gone := [name for number in missing if (name := f"{number:03d}") not in named]:
+        listed = ", ".join(gone[:_MOST_NAMED])
+        more = "" if len(gone) <= _MOST_NAMED else f" and {len(gone) - _MOST_NAMED} more"
+        told.append(
+            f"of the cells numbered {listed}{more} nothing is there, so what they spent is not "
+            "known; bring their folders back from a copy"
+        )
+    return tuple(told)
 
 
 def read_sweep_facts(folder: Path) -> SweepFacts:
@@ -214,8 +253,8 @@ def read_cell(folder: Path) -> Cell:
         facts = strict_json.decode(CellFacts, path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{path} is damaged: {error}; move its folder away, and `fedlr sweep` makes the cell "
-            "anew"
+            f"{path} is damaged: {error}; bring it back from a copy. If there is none, and its "
+            "folder is moved away, what the cell has spent is no longer counted"
         ) from error
     run = folder / RUN
     try:
@@ -246,6 +285,30 @@ def is_running(run: Path) -> bool:
         return True
     except OSError:  # a folder that may only be read: nobody here can be writing
         return False
+
+
+@contextmanager
+def hold_run(run: Path) -> Iterator[None]:
+    """Keep other processes of this machine from working at what lies in ``run``.
+
+    Raises:
+        RunError: One does already, or the folder cannot be written.
+    """
+    lock = FileLock(run / LOCK, thread_local=False)
+    try:
+        (run / LOCK).parent.mkdir(exist_ok=True)
+        lock.acquire(timeout=_LOOK_S)
+    except Timeout as error:
+        raise RunError(f"another process works at {str(run)!r}; wait for it") from error
+    except OSError as error:
+        raise RunError(
+            f"{str(run)!r} cannot be written: {error.strerror or error}; make it writable for this "
+            "user, or choose a folder of your own"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

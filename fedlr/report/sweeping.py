@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
 _WIDTH = 100
 
+MEND = (
+    "bring the file that is named back from a copy, or delete it where it is summary.json or "
+    "failure.json, and give the same command again"
+)
+"""The way out for a cell of whose run a file cannot be read."""
+
 
 def show_sweep(sweep: Sweep, stream: TextIO) -> None:
     """Write one line per cell: styled on a terminal, plain text elsewhere."""
@@ -32,13 +38,19 @@ def show_sweep(sweep: Sweep, stream: TextIO) -> None:
 
 
 def failures(sweep: Sweep) -> list[str]:
-    """Return a sentence for each cell that is not finished, and one for all of them."""
+    """Return a sentence for each cell that is not finished, and what helps them."""
     left = [cell for cell in sweep.cells if cell.state != "finished"]
     told = [f"{cell.facts.cell}: {_why(cell)}" for cell in left]
+    damaged = len(sweep.of("damaged"))
     if left:
+        others = "the others" if not damaged else f"{len(left) - damaged} of the others"
+        again = f"; the same command tries {others} again" if damaged < len(left) else ""
         told.append(
-            f"{len(sweep.cells) - len(left)} of {len(sweep.cells)} cells are finished; the same "
-            "command tries the others again"
+            f"{len(sweep.cells) - len(left)} of {len(sweep.cells)} cells are finished{again}"
+        )
+    if damaged:
+        told.append(
+            f"{damaged} {'cell is' if damaged == 1 else 'cells are'} damaged and left alone: {MEND}"
         )
     return told
 

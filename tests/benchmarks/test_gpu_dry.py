@@ -55,6 +55,7 @@ def expected() -> Iterator[tuple[str, str]]:
             yield "step 4 × 8 nf4", f"private nf4 / {ratio}"
 
 
+@pytest.mark.slow  # 17 s: a process of its own, and every kernel interpreted
 def test_every_line_of_the_table_comes_out(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     settings = {

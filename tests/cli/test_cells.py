@@ -144,8 +144,25 @@ def test_names_are_plain_and_short() -> None:
 
 
 def test_a_slip_of_a_thousand_cells_is_refused() -> None:
-    with pytest.raises(ConfigError, match="has 1001 cells, at most 1000"):
+    with pytest.raises(ConfigError, match="has more than 1000 cells"):
         combinations({"seed": [str(number) for number in range(1001)]})
+    _, axes = sort_words(["seed=range(0,5000)"], ())
+    with pytest.raises(ConfigError, match="has more than 1000 cells"):
+        combinations(axes)
+
+
+@pytest.mark.parametrize(
+    "words", [("seed=0,1", "seed=5"), ("seed=5", "+seed=0,1"), ("seed=0,1", "seed=2,3")]
+)
+def test_values_that_would_be_forgotten_are_refused(words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"seed is given already by .*; give it once"):
+        sort_words(words, ("seed=0,1,2",))
+
+
+def test_a_plus_before_a_setting_means_nothing() -> None:
+    found = sort_words(["+x=1", "++y=1,2", "+s=3"], ("s=0,1",))
+    assert found == (("x=1",), {"s": ("3",), "y": ("1", "2")})
+    assert overrides_of(sort_words(["+privacy.epsilon=inf"], ())[0], {}) == ("privacy=none",)
 
 
 def test_studies_are_no_choice_of_a_run() -> None:

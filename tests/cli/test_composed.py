@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -31,15 +32,19 @@ def release(number: int, index: int, steps: int = 6) -> Release:
     return Release(1.0 + 0.25 * number + 0.125 * index, 0.05 + 0.01 * index, steps, "example")
 
 
-def book(path: Path, source: str, run: str, client: str, event: Release) -> None:
+def book(path: Path, source: str, run: str, client: str, event: Release, round: int = 0) -> None:
     with closing(SqliteLedger(path, source)) as ledger:
-        key = JobKey(run, 0, client, "nonce")
+        key = JobKey(run, round, client, "nonce")
         ledger.reserve(key, event)
         ledger.commit(key, event)
 
 
 def begin(
-    run: Path, number: int, sources: Mapping[str, str] | None = None, digest: str = "0"
+    run: Path,
+    number: int,
+    sources: Mapping[str, str] | None = None,
+    digest: str = "0",
+    delta: float = DELTA,
 ) -> str:
     """Make the run folder of a cell with its facts, as a run does; return its identifier."""
     run.mkdir(exist_ok=True)
@@ -58,7 +63,7 @@ def begin(
         labels="0",
         codec="1",
         clients=tuple(
-            ClientFacts(client=client, declared_size=100, delta=DELTA, noise_multiplier=1.0)
+            ClientFacts(client=client, declared_size=100, delta=delta, noise_multiplier=1.0)
             for client in NAMES
         ),
         sources=tuple({**own, **(sources or {})}.values()),
@@ -96,7 +101,9 @@ def test_clients_that_hold_the_same_rows_are_composed_one_by_one(tmp_path: Path)
         single = [epsilon([event], DELTA) for event in events]
         assert max(single) < found.by_client[name] < sum(single)
     assert found.epsilon_max == max(found.by_client.values())
-    assert (found.delta, found.private_epsilon, found.notices) == (DELTA, None, ())
+    assert (found.delta, found.private_epsilon) == (DELTA, None)
+    (notice,) = found.notices
+    assert "holds if the rows were the same in all runs" in notice
 
 
 @pytest.mark.parametrize(
@@ -152,6 +159,94 @@ def test_what_has_not_begun_spent_nothing_and_what_was_cut_short_did(tmp_path: P
     assert found.runs == 1
     assert found.by_client["client-002"] == epsilon([release(1, 2)], DELTA)
     assert "4 of 4 cells have not finished" in found.notices[0]
+
+
+def public(folder: Path) -> Path:
+    for path in folder.rglob("cell.json"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(r"\"public\":false", r"\"public\":true"), encoding="utf-8")
+    return folder
+
+
+def test_public_rows_are_told_by_their_digest(tmp_path: Path) -> None:
+    assert composed(read_sweep(public(with_ledgers(tmp_path / "s", ONE_SEED)))).notices == ()
+
+
+def test_the_least_delta_of_any_run_counts(tmp_path: Path) -> None:
+    folder = with_ledgers(tmp_path / "s", ONE_SEED)
+    begin(folder / "cells" / cell_name(2, grid(ONE_SEED)[2]) / RUN, 2, delta=DELTA / 10)
+    found = composed(read_sweep(folder))
+    assert found.delta == DELTA / 10
+    events = [release(number, 0) for number in range(4)]
+    assert found.by_client[NAMES[0]] == epsilon(events, DELTA / 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("data.max_examples", ("90", "100")),
+        ("partition.alpha", ("0.1", "1.0")),
+        ("federation.clients", ("3", "4")),
+    ],
+)
+def test_what_deals_rows_to_clients_keeps_them_from_being_composed_one_by_one(
+    tmp_path: Path, name: str, values: tuple[str, ...]
+) -> None:
+    axes = {"privacy.epsilon": ("8",), name: values, "seed": ("0",)}
+    found = composed(read_sweep(with_ledgers(tmp_path / "s", axes)))
+    assert found.by_client == {}
+    assert "deal the data differently" in found.notices[0]
+
+
+def test_all_steps_of_a_client_are_in_the_bound(tmp_path: Path) -> None:
+    folder = with_ledgers(tmp_path / "s", SEEDS)
+    for number, values in enumerate(grid(SEEDS)):
+        place = folder / "cells" / cell_name(number, values) / RUN / "ledgers"
+        # Of another σ, or the ledger adds its steps to the others.
+        source, last = f"run-{number}/{NAMES[0]}", Release(5.0, 0.05, 9, "example")
+        book(place / f"{NAMES[0]}.sqlite", source, f"run-{number}", NAMES[0], last, round=1)
+    found = composed(read_sweep(folder))
+    rate = release(0, CLIENTS - 1).sample_rate
+    events = [
+        Release(release(number, 0).noise_multiplier, rate, 6 + 9, "example") for number in range(2)
+    ]
+    assert found.epsilon_max == epsilon(events, DELTA)
+
+
+def test_units_are_not_mixed(tmp_path: Path) -> None:
+    folder = with_ledgers(tmp_path / "s", ONE_SEED)
+    path = next(folder.rglob("cell.json"))
+    text = path.read_text(encoding="utf-8")
+    changed = text.replace(r"\"unit\":\"example\"", r"\"unit\":\"user\"")
+    assert changed != text
+    path.write_text(changed, encoding="utf-8")
+    found = composed(read_sweep(folder))
+    assert found.epsilon_max is None
+    assert "ε of the units example and user cannot be composed" in found.notices
+    assert any("deal the data differently" in notice for notice in found.notices)
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"),
+    [
+        ("run/run.json", "has rounds.jsonl and no run.json; bring run.json back"),
+        ("cell.json", "has a run and no cell.json"),
+        ("", "of the cells numbered 001 nothing is there"),
+    ],
+    ids=["facts", "cell", "folder"],
+)
+def test_what_was_there_and_is_lost_leaves_the_number_unknown(
+    tmp_path: Path, lost: str, says: str
+) -> None:
+    folder = with_ledgers(tmp_path / "s", ONE_SEED)
+    cell = folder / "cells" / cell_name(1, grid(ONE_SEED)[1])
+    if lost:
+        (cell / lost).unlink()
+    else:
+        shutil.rmtree(cell)
+    found = composed(read_sweep(folder))
+    assert found.epsilon_max is None
+    assert any(says in notice for notice in found.notices), found.notices
 
 
 def test_an_operators_ledger_counts_for_the_runs_of_the_sweep(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def test_the_default_of_the_server_is_that_of_the_configuration_files() -> None:
         ["experiment=sst2", "data.path=some folder"],
         ["privacy=none", "method=head_only", "model/head=linear", "seed=3"],
         ["adapter.layers=top:1", "privacy.delta=1e-7", "optimizer=adam"],
+        ['name="größe"'],
     ],
 )
 def test_the_words_on_the_page_compose_to_the_same_configuration(words: list[str]) -> None:

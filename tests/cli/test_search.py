@@ -12,7 +12,9 @@ import pytest
 
 from fedlr.cli import launch, search
 from fedlr.cli.main import main
+from fedlr.cli.studies import Range, Search
 from fedlr.errors import RunError
+from fedlr.report.page import sweep as sweep_page
 from fedlr.report.sweep import Sweep, read_sweep
 from tests.cli.small import small
 from tests.cli.test_sweep import DRY, times
@@ -110,3 +112,47 @@ def test_without_optuna_the_extra_is_named(
         assert main([*place, f"output={tmp_path}"]) == 2
     assert "pip install 'fedlr[search]'" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_proposals_that_repeat_themselves_end_the_search(
+    place: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_MOST_REPEATS", 3)
+    searched(place, tmp_path, 1)
+    known = {"optimizer.learning_rate": Range(low=1.0, high=1.00001, log=True)}
+    folder = tmp_path / "sweeps" / "learning_rate"
+    task = search.Searching(folder, read_sweep(folder).facts, Search(trials=5, parameters=known), 0)
+    with pytest.raises(RunError, match=r"the last 3 proposals .* ends with 2 of 5 cells"):
+        search.search(task)
+
+
+def test_a_damaged_file_of_trials_is_told(
+    place: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sweeps" / "learning_rate"
+    folder.mkdir(parents=True)
+    (folder / search.FILE).write_text("no database " * 1000)
+    searched(place, tmp_path, 1, status=7)
+    printed = capfd.readouterr().err
+    assert "search.db cannot be read" in printed
+    assert "bring it back from a copy, or search anew" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_trial_that_was_left_before_it_drew_draws_what_it_would_have(
+    place: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = searched(place, tmp_path / "whole", 1)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "_answer", stop)
+        searched(place, tmp_path / "cut", 1, status=130)
+    assert proposals(searched(place, tmp_path / "cut", 1)) == proposals(whole)
+
+
+def test_the_page_asks_for_as_many_trials(place: list[str], tmp_path: Path) -> None:
+    found = searched(place, tmp_path, 1)
+    assert "search.trials=1 name=learning_rate" in sweep_page.command(found)

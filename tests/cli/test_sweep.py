@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fedlr.cli import launch
 from fedlr.cli.budget import SweepPlan
 from fedlr.cli.main import main
-from fedlr.errors import RunError
+from fedlr.config import RunConfig
+from fedlr.errors import DataError, RunError
 from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report import strict_json
 from fedlr.report.facts import read_facts
 from fedlr.report.records import read_summary
 from fedlr.report.sweep import Cell, Sweep, hold, read_sweep
+from fedlr.reuse import Reuse
+from server.session import _examine
 from tests.cli.small import small
 
 DRY = ("privacy=dry", "data.public=true", "federation.rounds=2")
@@ -121,7 +127,7 @@ def test_more_values_add_cells_and_leave_the_others(
     ("change", "says"),
     [
         (("federation.rounds=2", "federation.rounds=3"), "federation.rounds=3 is given"),
-        (("seed=0,1", "seed=0,1 adapter.rank=1,2"), "begun with method, seed"),
+        (("seed=0,1", "seed=0,1 privacy.clip_norm=1,2"), "begun with method, seed"),
         (("seed=0,1", "sweep=methods"), "sweep=methods, and it was begun with none"),
     ],
 )
@@ -151,6 +157,8 @@ def test_another_sweep_is_not_mixed_in(
         (("sweep=methods", "sweep=ranks"), "sweep is chosen already"),
         (("seed=0,1", "launcher=slurm"), "launcher = 'slurm' must be one of basic"),
         (("seed=0,1", "name=a,b"), "name = 'a,b' must be letters"),
+        (("seed=0,1", "name=.."), "name = '..' is a folder"),
+        (("seed=0,1", "name=.", "--plan"), "name = '.' is a folder"),
         (("seed=0,1", "output=a,b"), "output takes one value"),
         (("seed=0,1", "search.trials=3"), "is for a study that searches"),
         (("seed=0,1", "--json"), "--json is for --plan"),
@@ -222,6 +230,77 @@ def test_a_failed_cell_is_told_and_retried(
     assert times(found.cells[0].folder) == before
 
 
+@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize("error", [DataError, ValueError])
+def test_a_private_row_is_told_on_the_console_alone(
+    words: list[str],
+    public: bool,
+    error: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*_: Any) -> None:
+        raise error("row 6: label 'HIV positive' is not in the label list")
+
+    monkeypatch.setattr(launch, "run_cell", failing)
+    found = sweep([*words, "seed=0,1", f"data.public={public}".lower()], status=7)
+    printed = capfd.readouterr()
+    assert "HIV positive" in printed.err
+    files = [path for path in found.folder.rglob("*") if path.is_file()]
+    assert {"failure.json", "report.html"} <= {path.name for path in files}
+    telling = [path.name for path in files if b"HIV positive" in path.read_bytes()]
+    assert bool(telling) is public
+    assert ("HIV positive" in str(found.cells[0].problem)) is public
+    assert error.__name__ in str(found.cells[0].problem) or public
+
+
+def test_a_mistake_in_the_page_hides_no_result(
+    words: list[str],
+    broken: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    broken.extend(["000-0", "001-1"])
+
+    def failing(*_: Any) -> None:
+        raise KeyError("seed")
+
+    monkeypatch.setattr("fedlr.cli.report.report", failing)
+    found = sweep([*words, *DRY, "seed=0,1"], status=7)
+    printed = capfd.readouterr()
+    assert "no page of the sweep (KeyError" in printed.err
+    assert "Traceback" in printed.err
+    assert "0 of 2 cells are finished" in printed.err
+    assert printed.out.splitlines()[-1] == str(found.folder)
+
+
+def test_what_is_wrong_with_one_cell_does_not_stop_the_others(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def failing(config: Any, folder: Path, *_: Any) -> None:
+        raise RunError(f"{folder.parent.name} failed")
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(launch, "run_cell", failing)
+    folder = sweep([*words, *DRY, "seed=0,1,2"], status=7).folder
+    monkeypatch.setattr(launch, "write_failure", full)
+    (folder / "cells" / "000-0" / "cell.json").write_text("{")
+    run = folder / "cells" / "001-1" / "run"
+    run.mkdir()
+    (run / "summary.json").write_text("{")
+    names = ["000-0", "001-1", "002-2"]
+    capfd.readouterr()
+    for position in range(3):
+        task = {"folder": str(folder), "order": names, "position": position, "quiet": False}
+        launch.run_task(SimpleNamespace(**task))
+    printed = capfd.readouterr().err
+    assert "000-0 cannot be run" in printed
+    assert "002-2 failed: 002-2 failed" in printed
+    assert "002-2: why it failed could not be written: no space" in printed
+
+
 def test_ctrl_c_says_how_to_go_on(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,6 +342,31 @@ def test_what_privacy_rests_on_is_examined_once_for_what_it_depends_on(
     found = sweep([*(w for w in words if "rounds=" not in w), "federation.rounds=1", SLOWLY, *axes])
     assert len(found.of("finished")) == 4
     assert clips == [1.0, 2.0]
+
+
+def test_what_privacy_rests_on_is_examined_again_for_other_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def examine(bench: Any) -> None:
+        seen.append((bench.trainer.settings.physical_batch, torch.get_num_threads()))
+
+    monkeypatch.setattr("server.session.quick", examine)
+    reuse, threads = Reuse(), torch.get_num_threads()
+    # A measured number of rows is not in the configuration.
+    for rows, count in ((8, threads), (8, threads), (4, threads), (4, threads + 1)):
+        trainer = SimpleNamespace(settings=SimpleNamespace(physical_batch=rows), device="cpu")
+        data, base = SimpleNamespace(label_names=("a", "b")), SimpleNamespace(base="0")
+        bench: Any = SimpleNamespace(
+            config=RunConfig(), trainer=trainer, data=data, provenance=base
+        )
+        try:
+            torch.set_num_threads(count)
+            _examine(bench, reuse)
+        finally:
+            torch.set_num_threads(threads)
+    assert seen == [(8, threads), (4, threads), (4, threads + 1)]
 
 
 def test_one_process_at_a_time(
@@ -326,13 +430,21 @@ def test_a_folder_without_a_run_starts_anew(words: list[str]) -> None:
     given = [*words, *DRY, "seed=0,1"]
     found = sweep(given)
     run = found.cells[0].run
-    for path in (run / "summary.json", run / "run.json"):
-        path.unlink()
+    shutil.rmtree(run)
+    run.mkdir()
     (run / "left.txt").write_text("by a process that was killed before the run began")
     assert read_sweep(found.folder).cells[0].state == "interrupted"
     after = sweep(given)
     assert after.cells[0].state == "finished"
     assert not (run / "left.txt").exists()
+    # The way out that is told for a damaged summary: the run's journal has all of it.
+    summary = after.cells[1].run / "summary.json"
+    accuracy = read_summary(summary).accuracy
+    summary.write_text("{")
+    assert sweep(given, status=7).cells[1].state == "damaged"
+    summary.unlink()
+    assert sweep(given).cells[1].state == "finished"
+    assert read_summary(summary).accuracy == accuracy
 
 
 def test_cells_in_other_processes(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:

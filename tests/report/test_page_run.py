@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -118,8 +120,12 @@ def test_an_interrupted_run_says_so_and_how_to_go_on(tmp_path: Path) -> None:
     folder = make(tmp_path / "a run", finished=False, rounds=3)
     told = notices(folder)
     assert "interrupted after 3 of 8 rounds" in told
-    assert f"fedlr simulate 'resume={folder}'" in told
+    assert "fedlr simulate 'resume=<run folder>'\n" in _codes(folder)
     page = read(folder)
+    name = "ε of the closed rounds, largest of the clients"
+    assert page.results[name][1] == repr(RECORDS[2].epsilon_max)
+    assert "the ledgers count it" in " ".join(page.text)
+    assert "ε of the closed rounds" in [text for text, _ in page.tables["Clients"][0]]
     assert page.results["Rounds"] == ("3", "3")
     assert page.results["Accuracy"][1] == repr(RECORDS[1].accuracy)
 
@@ -141,7 +147,7 @@ def test_a_damaged_line_is_named_and_what_precedes_it_is_shown(tmp_path: Path, n
     lines = (folder / name).read_bytes().split(b"\n")
     lines[2] = lines[2][:20]
     (folder / name).write_bytes(b"\n".join(lines))
-    assert f"{folder / name}, line 3 is damaged" in notices(folder)
+    assert f"<run folder>/{name}, line 3 is damaged" in notices(folder)
     files = read_run(folder)
     kept = files.records if name == ROUNDS_FILE else files.spectra
     assert [record.round for record in kept] == [1, 2]
@@ -152,7 +158,7 @@ def test_a_damaged_line_is_named_and_what_precedes_it_is_shown(tmp_path: Path, n
 def test_a_damaged_file_is_named_and_the_rest_is_shown(tmp_path: Path, name: str) -> None:
     folder = make(tmp_path / "run")
     (folder / name).write_text("{")
-    assert f"{folder / name}" in notices(folder)
+    assert f"<run folder>/{name}" in notices(folder)
     assert len(read(folder).tables["Closed rounds"]) == 5
 
 
@@ -184,11 +190,11 @@ def test_without_protection_nothing_is_promised(tmp_path: Path, mode: str, sente
 def test_names_from_outside_are_text(tmp_path: Path) -> None:
     folder = make(tmp_path / "run")
     hostile = '"><script>alert(1)</script>\x1b[2J$x_1$'
-    clients = tuple(replace(client, client=client.client) for client in FACTS.clients)
-    write_facts(folder, replace(FACTS, data=hostile, notices=(hostile,), clients=clients))
+    labels = (hostile, "yes")
+    write_facts(folder, replace(FACTS, data=hostile, label_names=labels, notices=(hostile,)))
     text = run.write(folder, None, DEFAULT, figures=False).read_text(encoding="utf-8")
     assert "<script>alert" not in text
-    assert "&lt;script&gt;alert(1)" in text
+    assert "&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "\x1b" not in text
     assert text.count("<script>") == 1
 
@@ -201,6 +207,73 @@ def test_the_command_holds_what_differs(tmp_path: Path) -> None:
     stored["config"]["adapter"]["layers"] = [-1]
     (folder / "config.json").write_text(json.dumps(stored))
     assert "fedlr simulate 'adapter.layers=[-1]' seed=7\n" in _codes(folder)
+
+
+def test_no_place_of_this_machine_is_on_the_page(tmp_path: Path) -> None:
+    folder, secret = make(tmp_path / "ward-7" / "run"), str(tmp_path / "ward-7")
+    set_config(
+        folder,
+        output=secret,
+        model={"name": f"{secret}/model"},
+        data={"kind": "file", "path": "ward-7/a", "cache": secret, "train_split": "ward-7"},
+        privacy={"policies": secret},
+        tracking={"kind": "mlflow", "uri": f"sqlite:///{secret}/x.db"},
+    )
+    told = (f"{secret}/a has no test split.",)
+    write_facts(folder, replace(FACTS, model=f"{secret}/model", data="ward-7/a", notices=told))
+    loader = f'base = "{secret}/model"\nAutoModel.from_pretrained(base)'
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "README.md").write_text(f"```python\n{loader}\n```\n")
+    (folder / "intruders.json").write_text("{")
+    text = run.write(folder, None, DEFAULT, figures=False).read_text(encoding="utf-8")
+    assert "ward-7" not in text
+    codes = _codes(folder)
+    assert "Fill in <run folder> and <folder> and <file> and <address>" in codes
+    assert "'data.path=\"<folder>\"'" in codes
+    assert 'base = "<folder>"' in codes
+    values = {name: value for (name, _), (value, _) in read(folder).tables["Settings"][1:]}
+    assert values["data.path"] == values["model.name"] == "(a folder of this machine)"
+    assert values["tracking.kind"] == "mlflow"
+
+
+@pytest.mark.parametrize(
+    ("section", "damage"),
+    [
+        *(("privacy", {"unit": "ward"}), ("privacy", {"mode": 3}), ("privacy", {"epsilon": "x"})),
+        *(("federation", {"rounds": True}), ("model", {"name": None})),
+    ],
+)
+def test_a_setting_that_is_none_is_a_problem_of_the_page(
+    tmp_path: Path, section: str, damage: dict[str, Any]
+) -> None:
+    folder = make(tmp_path / "run", finished=False)
+    set_config(folder, **{section: damage})
+    (name,) = damage
+    assert f"<run folder>/config.json cannot be read: {section}.{name} = " in notices(folder)
+    assert "What was promised cannot be told" in " ".join(read(folder).text)
+
+
+def test_a_run_without_clients_has_a_page(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", finished=False)
+    write_facts(folder, replace(FACTS, clients=()))
+    assert read(folder).results["δ"] == ("—", None)
+
+
+def test_no_mark_of_code_is_left_in_a_sentence(tmp_path: Path) -> None:
+    told = replace(FACTS, notices=("Say `fedlr report` again.",))
+    for mode in ("dp", "dry", "none"):
+        folder = make(tmp_path / mode)
+        write_facts(folder, told)
+        page = read(folder if mode == "dp" else with_mode(folder, mode))
+        assert "`" not in "".join(page.text)
+
+
+def test_the_one_script_that_may_run_is_the_page_s_own(tmp_path: Path) -> None:
+    text = run.write(make(tmp_path / "run"), None, DEFAULT, figures=False).read_text("utf-8")
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in text
+    assert "base-uri 'none'; form-action 'none'" in text
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -219,6 +292,15 @@ def test_a_client_spends_nothing_before_its_first_round(tmp_path: Path) -> None:
     )
     series = _epsilon_series(replace(files, records=(late, *files.records[1:])))
     assert series[CLIENTS[1]][:3] == ((0, 0.0), (1, 0.0), (2, 1.25))
+
+
+def set_config(folder: Path, **sections: Any) -> None:
+    path = folder / "config.json"
+    stored = json.loads(path.read_text())
+    for name, values in sections.items():
+        kept = stored["config"][name]
+        stored["config"][name] = {**kept, **values} if isinstance(kept, dict) else values
+    path.write_text(json.dumps(stored))
 
 
 def _codes(folder: Path) -> str:

@@ -20,7 +20,20 @@ from fedlr.report.page import sweep as sweep_page
 from fedlr.report.page.sweep import SweepCost
 from fedlr.report.records import SUMMARY_FILE, Summary, read_summary, write_summary
 from fedlr.report.statistics import interval
-from fedlr.report.sweep import CELL_FILE, CELLS, LOCK, RUN, CellFacts, Sweep, SweepFacts, read_cell
+from fedlr.report.sweep import (
+    CELL_FILE,
+    CELLS,
+    LOCK,
+    RUN,
+    CellFacts,
+    Sweep,
+    SweepFacts,
+    read_cell,
+    read_sweep,
+    write_sweep_facts,
+)
+from fedlr.report.sweeping import failures
+from tests.cli.test_composed import begin
 from tests.report.sweeps import BUDGETS, ROUNDS, cell_name, make_cell, make_sweep
 
 SMALL = {"method": ("fedsvd", "ffa_lora"), "privacy.epsilon": ("1", "inf"), "seed": ("0", "1")}
@@ -341,3 +354,72 @@ def test_the_numbers_of_a_budget_sweep_survive_sorting_values(tmp_path: Path) ->
     axes = {**BUDGETS, "method": ("fedsvd",), "seed": ("0",)}
     _, *rows = page_of(make_sweep(tmp_path / "s", axes)).tables["Finished cells by setting"]
     assert [number(row[1][1]) for row in rows] == [1.0, 3.0, 8.0, math.inf]
+
+
+def test_a_sweep_over_seeds_alone_has_a_mean_and_no_picture_over_seeds(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "s", {"seed": ("0", "1", "2")})
+    read = page_of(folder, figures=True)
+    expected = interval([one.accuracy or 0 for one in summaries(folder).values()])
+    (_, row) = read.tables["Finished cells by setting"]
+    assert [number(cell[1]) for cell in row[:2]] == pytest.approx([3, expected.mean])
+    assert not list(folder.rglob("accuracy.svg"))
+
+
+def test_what_is_damaged_is_not_promised_to_be_run(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "s", SMALL)
+    (folder / CELLS / "004-ffa-lora-1-0" / RUN / SUMMARY_FILE).write_text("{", encoding="utf-8")
+    assert "left alone: bring the file that is named back from a copy" in page_of(folder).words
+    told = failures(read_sweep(folder))
+    assert "7 of 8 cells are finished" in told[1]
+    assert "tries" not in "".join(told)
+    assert told[2].startswith("1 cell is damaged and left alone: bring")
+
+
+def changed(folder: Path, **values: object) -> Path:
+    """A sweep with other facts in its ``sweep.json``."""
+    write_sweep_facts(folder, replace(read_sweep(folder).facts, **values))  # type: ignore[arg-type]
+    return folder
+
+
+def test_what_cells_without_privacy_take_of_their_own_is_shown(tmp_path: Path) -> None:
+    own = ("optimizer.learning_rate=0.3",)
+    read = page_of(changed(make_sweep(tmp_path / "s", SMALL), without_privacy=own))
+    assert re.search(r"at ε = ∞ ?optimizer\.learning_rate=0\.3", read.words)
+    # In the captions of both pictures.
+    assert read.words.count("At ε = ∞ cells take optimizer.learning_rate=0.3.") == 2
+    private = {"method": ("fedsvd", "ffa_lora"), "privacy.epsilon": ("1", "8"), "seed": ("0",)}
+    read = page_of(changed(make_sweep(tmp_path / "private", private), without_privacy=own))
+    assert "cells take" not in read.words
+    assert "at ε = ∞" not in read.words
+
+
+def test_epsilon_of_an_operators_ledger_is_not_called_the_runs_own(tmp_path: Path) -> None:
+    axes = {"method": ("fedsvd", "ffa_lora"), "privacy.epsilon": ("1", "8"), "seed": ("0",)}
+    folder = make_sweep(tmp_path / "s", axes)
+    read = page_of(folder)
+    assert "of its own" in read.words
+    assert "cumulative" not in read.words
+    for number, path in enumerate(sorted((folder / CELLS).glob(f"*/{RUN}"))):
+        begin(path, number, {"client-001": "ward"})
+    read = page_of(folder)
+    assert "of its own" not in read.words
+    assert "counts other runs in the ledgers of operators too" in read.words
+    assert "ε is cumulative: ledgers of operators count other runs too." in read.words
+
+
+def test_the_command_of_a_moved_folder_and_of_a_search(tmp_path: Path) -> None:
+    axes = {"optimizer.learning_rate": ("1", "2")}
+    made = make_sweep(tmp_path / "sweeps" / "s", axes, search=True)
+    moved = made.rename(made.parent / "moved")
+    assert f"search.trials=2 name=moved output={tmp_path}" in sweep_page.command(read_sweep(moved))
+    assert "search.trials=7" in sweep_page.command(read_sweep(changed(moved, trials=7)))
+
+
+def test_no_place_of_this_machine_is_on_the_page(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "ward-7" / "sweeps" / "s", SMALL)
+    facts = read_sweep(folder).facts
+    write_sweep_facts(folder, replace(facts, fixed=(*facts.fixed, f"data.path={tmp_path}/ward-7")))
+    assert "ward-7" in sweep_page.command(read_sweep(folder))
+    written = sweep_page.write(folder).read_text(encoding="utf-8")
+    assert "ward-7" not in written
+    assert "data.path=&lt;folder&gt;" in written

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +19,7 @@ import pytest
 from fedlr.errors import ConfigError, RunError
 from fedlr.report.records import RoundRecord, Summary
 from fedlr.report.tracking import build as building
+from fedlr.report.tracking import guard
 from fedlr.report.tracking.build import Kind, Target, build, check
 from fedlr.report.tracking.guard import Guarded
 from fedlr.report.tracking.memory import TRACKING_FILE, Memory, recall, remember
@@ -127,16 +129,43 @@ def test_a_failure_is_said_once_and_ends_the_tracking_alone(
     assert "line 3" not in said
 
 
-def test_a_tracker_that_hangs_is_left(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    """A tracker whose rounds never end; of two short waits, one is for what may be left."""
     answer = threading.Event()
 
     class Hanging(Recorder):
         def round(self, record: RoundRecord) -> None:
             answer.wait()
 
-    tell(Guarded(Hanging(), "wandb", patience_s=0.05), tmp_path)
+    monkeypatch.setattr(guard, "LEFT_S", 0.02)
+    monkeypatch.setattr(Guarded, "_hung", set())
+    yield Hanging()
     answer.set()
+
+
+def test_a_tracker_that_hangs_is_left(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], hanging: Recorder
+) -> None:
+    guarded = Guarded(hanging, "wandb", patience_s=0.05)
+    tell(guarded, tmp_path)
+    guarded.close()
     assert capfd.readouterr().err.count("tracking=wandb was not done after 0.05 s") == 1
+    # The next run of this process does not wait as long again, and other tools are trusted.
+    tell(Guarded(hanging, "wandb", patience_s=0.05), tmp_path)
+    assert capfd.readouterr().err.count("tracking=wandb was not done after 0.02 s") == 1
+    tell(Guarded(hanging, "mlflow", patience_s=0.05), tmp_path)
+    assert capfd.readouterr().err.count("tracking=mlflow was not done after 0.05 s") == 1
+
+
+def test_an_interrupted_run_does_not_wait_for_its_tracker(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], hanging: Recorder
+) -> None:
+    guarded = Guarded(hanging, "wandb")
+    guarded.start(announced(tmp_path))
+    guarded.round(ROUNDS[0])
+    guarded.close()
+    assert capfd.readouterr().err.count("tracking=wandb was not done after 0.02 s") == 1
 
 
 def test_a_guarded_tracker_may_be_closed_before_its_start_and_twice(tmp_path: Path) -> None:
@@ -199,7 +228,12 @@ def test_an_online_run_needs_a_key_before_it_starts(
     online = Target(kind="wandb", mode="online")
     with pytest.raises(ConfigError, match=r"no key for api\.wandb\.ai"):
         check(online)
+    for text in ("machine other.example login api.wandb.ai password x", "machine", "\xff" * 9):
+        (tmp_path / "netrc").write_bytes(text.encode("latin-1"))
+        with pytest.raises(ConfigError, match=r"no key for api\.wandb\.ai|cannot be read"):
+            check(online)
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x")
+    (tmp_path / "netrc").chmod(0o600)
     check(online)
     with pytest.raises(ConfigError, match=r"no key for own\.example"):
         check(replace(online, uri="https://own.example"))

@@ -102,7 +102,8 @@ def test_nothing_is_told_of_machine_or_user(tracked: Path) -> None:
         *("mlflow.runName", "fedlr.run", "fedlr.privacy_mode", "fedlr.unit", "fedlr.accountant")
     }
     assert run.info.user_id == "unknown"
-    assert recall(tracked / "run", "mlflow") == Memory(kind="mlflow", id=run.info.run_id)
+    whole = Memory(kind="mlflow", id=run.info.run_id, finished=True)
+    assert recall(tracked / "run", "mlflow") == whole
 
 
 def test_names_that_mlflow_would_refuse_are_told_otherwise(tracked: Path) -> None:

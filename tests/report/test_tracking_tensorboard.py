@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,15 @@ def test_an_interrupted_and_resumed_run_has_every_round_once(tmp_path: Path) -> 
         assert scalars(found, name) == [(SUMMARY.rounds, pytest.approx(value))]
     assert "| optimizer.learning_rate | 4.0 |" in texts(found, "configuration")
     assert "| privacy_mode | dp |" in texts(found, "privacy")
+
+
+def test_no_file_names_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "ward-7")
+    interrupted(TensorBoard(), tmp_path)
+    resumed(TensorBoard(), tmp_path)
+    names = sorted(path.name for path in (tmp_path / "run" / FOLDER).iterdir())
+    forms = [re.sub(r"\d{10}", "<time>", name) for name in names]
+    assert forms == [f"events.out.tfevents.<time>.fedlr.{n:04d}" for n in (0, 1)]
 
 
 def test_a_repeated_round_has_its_later_numbers(tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 
@@ -17,31 +18,30 @@ from fedlr.report.tracking.trackio import Trackio
 from tests.report.samples import SUMMARY
 from tests.report.tracked import ROUNDS, RUN, interrupted, resumed
 
-
-class Pretended:
-    """The part of the package that is called; it prints, as the real one does."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
-
-    def init(self, **given: Any) -> Pretended:
-        print("* Trackio project initialized")
-        self.calls.append(("init", given))
-        return self
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        self.calls.append(("log", (step, values)))
-
-    def finish(self) -> None:
-        print("* Run finished")
-        self.calls.append(("finish", None))
+SOURCE = """
+calls = []
+class Run:
+    def log(self, values, step):
+        calls.append(("log", (step, values)))
+def init(**given):
+    print("* Trackio project initialized")
+    calls.append(("init", given))
+    return Run()
+def finish():
+    print("* Run finished", flush=True)
+    calls.append(("finish", None))
+"""
+"""The part of the package that is called; it prints, as the real one does."""
 
 
 def test_a_resumed_run_sends_every_round_once_under_one_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretended = Pretended()
-    monkeypatch.setitem(sys.modules, "trackio", pretended)  # type: ignore[arg-type]
+    pretended = ModuleType("trackio")
+    exec(SOURCE, vars(pretended))
+    monkeypatch.setitem(sys.modules, "trackio", pretended)
+    # Other threads write to standard output meanwhile.
+    monkeypatch.setattr(contextlib, "redirect_stdout", lambda _: pytest.fail("for all threads"))
     interrupted(Trackio("fedlr"), tmp_path)
     resumed(Trackio("fedlr"), tmp_path)
     assert [name for name, _ in pretended.calls] == [
@@ -54,7 +54,9 @@ def test_a_resumed_run_sends_every_round_once_under_one_name(
     inits = [what for name, what in pretended.calls if name == "init"]
     assert [(i["name"], i["resume"], i["project"]) for i in inits] == [(RUN, "allow", "fedlr")] * 2
     assert all(i["auto_log_gpu"] is False and i["auto_log_cpu"] is False for i in inits)
-    assert recall(tmp_path / "run", "trackio") == Memory(kind="trackio", id=RUN, sent=4)
+    assert recall(tmp_path / "run", "trackio") == Memory(
+        kind="trackio", id=RUN, sent=4, finished=True
+    )
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "Run finished" in printed.err

@@ -67,7 +67,7 @@ def test_a_resumed_run_sends_every_round_once_under_one_id(
     inits = [what for name, what in pretended.calls if name == "init"]
     assert [(i["id"], i["resume"], i["project"]) for i in inits] == [(RUN, "allow", "fedlr")] * 2
     assert [what for name, what in pretended.calls if name == "finish"] == [1, 0]
-    assert recall(tmp_path / "run", "wandb") == Memory(kind="wandb", id=RUN, sent=4)
+    assert recall(tmp_path / "run", "wandb") == Memory(kind="wandb", id=RUN, sent=4, finished=True)
 
 
 def test_it_is_offline_and_told_to_record_nothing_else(

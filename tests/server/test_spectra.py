@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from fedlr.lowrank.factors import Factors
+from fedlr.lowrank.factors import AdapterSite, Factors
 from fedlr.methods.method import GlobalState, PartKey, Role
 from fedlr.report.lines import read_lines
 from fedlr.report.spectra import SPECTRA_FILE, SpectrumRecord
+from server import spectra
 from server.hooks import Hooks
 from server.spectra import SpectrumRecorder, intruders_of, spectrum_of, update_of
 from server.strategy import FederatedStrategy
@@ -100,10 +102,33 @@ def test_a_repeated_round_replaces_the_earlier_record(tmp_path: Path) -> None:
 
 
 def test_intruders_are_looked_for_where_weights_are_there() -> None:
-    weights = [torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), None]
-    found = intruders_of(LAYOUT.sites, weights, first_state().parts)
-    assert [site.site for site in found.sites] == [LAYOUT.sites[0].name]
+    first = LAYOUT.sites[0]
+    weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    parts = first_state().parts
+    found = intruders_of(LAYOUT.sites, lambda site: weight if site == first else None, parts)
+    assert found is not None
+    assert [site.site for site in found.sites] == [first.name]
     assert found.of_sites == 2
     assert found.missing is not None
     # B = 0: the weight is the one it was.
     assert found.count(found.sites[0]) == 0
+
+
+def test_only_the_weights_that_are_looked_at_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectra, "affordable", lambda shapes: [1])
+    read: list[AdapterSite] = []
+
+    def weight_of(site: AdapterSite) -> Tensor:
+        read.append(site)
+        return torch.eye(site.out_features, site.in_features)
+
+    found = intruders_of(LAYOUT.sites, weight_of, first_state().parts)
+    assert read == [LAYOUT.sites[1]]
+    assert found is not None
+    assert found.missing is not None
+    assert "decompositions" in found.missing
+
+
+def test_without_factors_there_is_nothing_to_look_at() -> None:
+    parts = {PartKey("head", Role.HEAD): torch.zeros(2)}
+    assert intruders_of(LAYOUT.sites, lambda site: pytest.fail("read"), parts) is None

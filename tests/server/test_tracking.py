@@ -18,15 +18,18 @@ from fedlr.errors import ConfigError
 from fedlr.methods.method import ClientUpdate
 from fedlr.report.facts import RunFacts
 from fedlr.report.live import SilentProgress
-from fedlr.report.records import RoundRecord, Summary, read_rounds, read_summary
+from fedlr.report.places import FILES, NAMES, PLACES
+from fedlr.report.records import RoundLog, RoundRecord, Summary, read_rounds, read_summary
 from fedlr.report.tracking import build as building
 from fedlr.report.tracking.build import Target
+from fedlr.report.tracking.memory import TRACKING_FILE, Memory, remember
 from fedlr.report.tracking.tensorboard import FOLDER
 from fedlr.report.tracking.tracker import NoTracker, TrackedRun, Tracker, closing, series
 from server import session, tracking
 from server.hooks import Hooks
-from server.tracking import FILES, PLACES, TrackedProgress, public_settings
+from server.tracking import TrackedProgress, public_settings
 from tests.cli import small
+from tests.report.samples import SUMMARY
 from tests.server.toys import config, evaluate, grid_of, run, strategy, toy_sites
 
 
@@ -107,6 +110,28 @@ def test_a_resumed_run_tells_no_abandoned_round(
     tracking.open_tracker(RunConfig(), tmp_path, facts, [*records[:-1], given])
     (told,) = kept.runs
     assert (told.run, told.earlier, told.rounds) == ("run-1", records[:-1], 8)
+
+
+def test_the_end_that_a_tool_was_never_told_is_told_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, facts = Kept(), cast("RunFacts", SimpleNamespace(run="run-1"))
+    monkeypatch.setattr(tracking, "build", lambda target: kept)
+    config = from_mapping({"tracking": {"kind": "mlflow"}})
+    records = run(toy_sites()).records
+    log = RoundLog(tmp_path / "rounds.jsonl")
+    for record in records:
+        log.append(record)
+    memories = (Memory(kind="wandb", id="a"), Memory(kind="mlflow", id="a", finished=True))
+    tracking.tell_end(config, tmp_path, facts, SUMMARY)
+    for memory in memories:
+        remember(tmp_path, memory)
+        tracking.tell_end(config, tmp_path, facts, SUMMARY)
+    assert kept.runs == []
+    remember(tmp_path, Memory(kind="mlflow", id="a"))
+    tracking.tell_end(config, tmp_path, facts, SUMMARY)
+    (told,) = kept.runs
+    assert (told.earlier, kept.summaries, kept.closed) == (records, [SUMMARY], 1)
 
 
 def refuse(job: Any) -> ClientUpdate:
@@ -209,6 +234,20 @@ def test_tensorboard_reads_back_what_the_folder_holds(story: Story) -> None:
     assert set(found.Tags()["scalars"]) == {*names, *result}
 
 
+def test_a_resume_of_a_finished_run_tells_an_end_that_was_not_told(
+    story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept()
+    monkeypatch.setattr(tracking, "build", lambda target: kept)
+    summary = read_summary(story.folder / "summary.json")
+    assert session.finished(story.folder) == summary
+    assert kept.summaries == []
+    remember(story.folder, Memory(kind="tensorboard", id="x"))
+    assert session.finished(story.folder) == summary
+    (story.folder / TRACKING_FILE).unlink()
+    assert (kept.summaries, kept.closed) == ([summary], 1)
+
+
 def test_no_folder_is_told_to_the_tool(story: Story) -> None:
     """Model, data, output and policies are folders below this one."""
     files = [path.read_bytes() for path in (story.folder / FOLDER).iterdir()]
@@ -225,7 +264,7 @@ TEXTS = {
     *("privacy.policies", "federation.address", "tracking.uri", "tracking.project"),
 }
 """Settings that are free texts. A new one is added here once it is known what it can name: a
-place, then also to `server.tracking.PLACES`."""
+place, then also to `fedlr.report.places.PLACES`."""
 
 
 def texts_of(kind: type[Any], prefix: str = "") -> set[str]:
@@ -240,7 +279,7 @@ def texts_of(kind: type[Any], prefix: str = "") -> set[str]:
 
 def test_it_is_decided_of_every_text_whether_it_is_told() -> None:
     assert texts_of(RunConfig) == TEXTS
-    assert {*PLACES, *FILES} <= {*setting_names()}
+    assert {*PLACES, *FILES, *NAMES} <= {*setting_names()}
 
 
 def test_no_place_is_told(tmp_path: Path) -> None:
@@ -268,11 +307,12 @@ def test_no_place_is_told(tmp_path: Path) -> None:
         *(("here", False), ("../x", False)),
     ],
 )
-def test_a_model_is_named_only_where_it_is_no_folder(
+def test_model_and_data_are_named_only_where_they_are_no_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, told: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     plain = RunConfig()
-    found = public_settings(replace(plain, model=replace(plain.model, name=name)))
-    assert ("model.name" in found) is told
+    data = replace(plain.data, kind="hub", name=name)
+    found = public_settings(replace(plain, model=replace(plain.model, name=name), data=data))
+    assert ("model.name" in found, "data.name" in found) == (told, told)

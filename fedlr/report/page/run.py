@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlr.report import command, promise
+from fedlr.report import command, places, promise
 from fedlr.report.page import frame, geometry_figures, run_figures, table
 from fedlr.report.page.frame import (
     Block,
@@ -24,6 +25,13 @@ from fedlr.report.page.run_files import RunFiles, read_run
 from fedlr.report.page.table import Column, Table
 from fedlr.report.spectra import SpectrumRecord
 from fedlr.report.stops import BOUNDS, stops
+
+_BLANKS = (places.RUN_FOLDER, "<folder>", "<file>", "<address>")
+
+_CUT_OFF = (
+    "The ε here is that of the closed rounds: a round that was cut off may have spent more; the "
+    "ledgers count it."
+)
 
 
 def write(
@@ -67,8 +75,8 @@ def page_of(files: RunFiles, default: Mapping[str, Any]) -> Page:
         Section("What it was made of", _made_of(files)),
     )
     return Page(
-        title=f"{method} on {facts.data}",
-        subtitle=f"{facts.model}, {len(facts.clients)} clients · run {facts.run}",
+        title=f"{method} on {files.called(facts.data).strip('()')}",
+        subtitle=f"{files.called(facts.model)}, {len(facts.clients)} clients · run {facts.run}",
         sections=sections,
         notices=_notices(files),
     )
@@ -82,11 +90,11 @@ def _notices(files: RunFiles) -> tuple[str, ...]:
         state = (f"This run is still going: {done} so far. Make the report again when it is done.",)
     elif files.summary is None:
         state = (
-            f"This run was interrupted after {done}; `{_resume(files)}` goes on after the last "
-            "whole one.",
+            f"This run was interrupted after {done}; the command below, under Repeat and use, goes "
+            "on after the last whole one.",
         )
     told = files.summary.notices if files.summary else files.facts.notices
-    return (*state, *files.problems, *told)
+    return tuple(map(files.public, (*state, *files.problems, *told)))
 
 
 def _results(files: RunFiles) -> tuple[Block, ...]:
@@ -98,8 +106,10 @@ def _results(files: RunFiles) -> tuple[Block, ...]:
     ]
     if files.private != "none":
         spent = summary.epsilon_max if summary else (records[-1].epsilon_max if records else None)
-        rows.append(("ε, largest of the clients", table.epsilon(spent)))
-        rows.append(("δ", table.number(max(client.delta for client in files.facts.clients))))
+        of_rounds = "ε of the closed rounds, largest of the clients"
+        name = "ε, largest of the clients" if summary else of_rounds
+        largest = max((client.delta for client in files.facts.clients), default=None)
+        rows += [(name, table.epsilon(spent)), ("δ", table.number(largest))]
     rows.append(("Rounds", table.number(summary.rounds if summary else files.completed)))
     if summary is not None:
         rows += [
@@ -110,7 +120,8 @@ def _results(files: RunFiles) -> tuple[Block, ...]:
         ]
     else:
         rows.append(("Wall time of the rounds", table.seconds(sum(r.wall_s for r in records))))
-    return (Facts(tuple(rows), prominent=True),)
+    unfinished = summary is None and files.private == "dp"
+    return (Facts(tuple(rows), prominent=True), *((Text(_CUT_OFF),) if unfinished else ()))
 
 
 def _by_round(files: RunFiles) -> tuple[Block, ...]:
@@ -164,10 +175,10 @@ def _round_table(files: RunFiles) -> Table:
 def _privacy(files: RunFiles) -> tuple[Block, ...]:
     if files.private in promise.UNPROTECTED:
         return (Text(promise.UNPROTECTED[files.private]), _client_table(files))
-    if files.private != "dp":
-        return (Text("What was promised cannot be told: the configuration cannot be read."),)
     summary = files.summary
     unit = str((summary.unit if summary else None) or files.setting("privacy.unit", "example"))
+    if files.private != "dp" or unit not in promise.UNITS:
+        return (Text("What was promised cannot be told: the configuration cannot be read."),)
     accountant = (summary.accountant if summary else None) or files.setting("privacy.accountant")
     said = (
         promise.GUARANTEE,
@@ -200,7 +211,8 @@ def _client_table(files: RunFiles) -> Table:
                 table.word(f"{BOUNDS[code]} ({code})" if code else "—"),
             )
         )
-    names = ("declared size", "rounds joined", "steps", "σ", "ε spent", "stopped before round")
+    spent = "ε spent" if files.summary else "ε of the closed rounds"
+    names = ("declared size", "rounds joined", "steps", "σ", spent, "stopped before round")
     columns = (Column("client"), *(Column(name, True) for name in names), Column("why it stopped"))
     return Table("Clients", columns, tuple(rows))
 
@@ -274,14 +286,16 @@ def _layer_table(files: RunFiles, last: SpectrumRecord) -> Table:
 
 
 def _commands(files: RunFiles, default: Mapping[str, Any]) -> tuple[Block, ...]:
-    folder = str(files.folder)
-    blocks: list[Block] = []
+    folder = places.RUN_FOLDER
+    blocks: list[Code] = []
     if files.config:
-        words = command.overrides(files.config, default)
+        stand_ins = {name: f"<{kind}>" for name, kind in files.withheld.items()}
+        words = command.overrides(files.config, default, stand_ins)
         again = command.shell(["fedlr", "simulate", *words])
         blocks.append(Code("Run the same configuration again:", again))
     if files.summary is None and not files.running:
-        blocks.append(Code("Go on where it stopped:", _resume(files)))
+        resume = command.shell(["fedlr", "simulate", f"resume={folder}"])
+        blocks.append(Code("Go on where it stopped:", resume))
     if files.completed:
         text = "a text to classify"
         blocks += [
@@ -293,16 +307,32 @@ def _commands(files: RunFiles, default: Mapping[str, Any]) -> tuple[Block, ...]:
         ]
     if files.loader is not None:
         blocks.append(
-            Code("Load the adapter without fedlr, from the folder adapter:", files.loader)
+            Code("Load the adapter without fedlr, from the folder adapter:", _loader(files))
         )
-    return tuple(blocks) or (Text("There is nothing to repeat: the configuration is missing."),)
+    if not blocks:
+        return (Text("There is nothing to repeat: the configuration is missing."),)
+    blanks = [name for name in _BLANKS if any(name in block.text for block in blocks)]
+    fill = (
+        f"This page names no place of the machine that the run was made on. Fill in "
+        f"{' and '.join(blanks)} before a command is run."
+    )
+    return (*((Text(fill),) if blanks else ()), *blocks)
+
+
+def _loader(files: RunFiles) -> str:
+    """Return the Python that loads the adapter; the model's folder is left to be filled in."""
+    text = files.loader or ""
+    for model in (files.facts.model, files.setting("model.name", "")):
+        if files.called(model) != model:
+            text = text.replace(json.dumps(model, ensure_ascii=False), '"<folder>"')
+    return text
 
 
 def _made_of(files: RunFiles) -> tuple[Block, ...]:
     facts = files.facts
     items = (
-        ("Model", facts.model),
-        ("Data", facts.data),
+        ("Model", files.called(facts.model)),
+        ("Data", files.called(facts.data)),
         ("Labels", ", ".join(facts.label_names)),
         ("Git revision", files.revision or "not run from a checkout"),
         ("Base weights, sha256", facts.base),
@@ -311,16 +341,13 @@ def _made_of(files: RunFiles) -> tuple[Block, ...]:
         ("Configuration, sha256", facts.config_sha256),
     )
     versions = tuple((table.word(k), table.word(v)) for k, v in sorted(files.versions.items()))
-    rows = tuple((table.word(k), table.word(v)) for k, v in command.settings(files.config))
+    hidden = {name: places.WORDS[kind] for name, kind in files.withheld.items()}
+    rows = tuple((table.word(k), table.word(v)) for k, v in command.settings(files.config, hidden))
     inner: list[Block] = [
         Folded("Versions", (Table("Packages", (Column("package"), Column("version")), versions),)),
         Folded("Configuration", (Table("Settings", (Column("setting"), Column("value")), rows),)),
     ]
     return (Facts(items), *inner)
-
-
-def _resume(files: RunFiles) -> str:
-    return command.shell(["fedlr", "simulate", f"resume={files.folder}"])
 
 
 def _last_accuracy(files: RunFiles) -> float | None:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedlr.errors import RunError
+from fedlr.report import command, places
 from fedlr.report.facts import RunFacts, read_facts
 from fedlr.report.folder import CONFIG_FILE
 from fedlr.report.lines import OfRound, read_lines
+from fedlr.report.promise import UNITS
 from fedlr.report.records import ROUNDS_FILE, SUMMARY_FILE, RoundRecord, Summary, read_summary
 from fedlr.report.spectra import (
     SPECTRA_FILE,
@@ -24,6 +26,18 @@ from fedlr.report.sweep import is_running
 
 T = TypeVar("T")
 R = TypeVar("R", bound=OfRound)
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "privacy.mode": ("dp", "dry", "none"),
+    "privacy.unit": tuple(UNITS),
+    "privacy.accountant": ("prv", "rdp"),
+}
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "privacy.epsilon": (int, float),
+    "federation.rounds": (int,),
+    "method.name": (str,),
+    "model.name": (str,),
+}
 
 CARD = Path("adapter") / "README.md"
 """The model card, which has the code that loads the adapter."""
@@ -70,6 +84,23 @@ class RunFiles:
                 return otherwise
             found = found[part]
         return found
+
+    @property
+    def withheld(self) -> dict[str, places.Kind]:
+        """The settings that name a place, which the page does not: it may be passed on."""
+        return places.withheld(dict(command.leaves(self.config)))
+
+    def public(self, text: str) -> str:
+        """Return a sentence without places of this machine, and without marks of code."""
+        folders = (self.folder, self.folder.absolute())
+        text = places.without(text, folders, places.RUN_FOLDER)
+        named = [self.setting(name) for name in self.withheld]
+        return places.without(text, named, places.WORDS["folder"]).replace("`", "")
+
+    def called(self, name: str) -> str:
+        """Return what the facts call model or data, where it is not a place of this machine."""
+        held = name in [self.setting(place) for place in self.withheld]
+        return name if places.is_public(name) and not held else places.WORDS["folder"]
 
     @property
     def completed(self) -> int:
@@ -146,11 +177,26 @@ def _tried(read: Callable[[], T], problems: list[str]) -> T | None:
 
 def _stored_config(path: Path, problems: list[str]) -> Mapping[str, Any]:
     try:
-        return _mapping(json.loads(path.read_text(encoding="utf-8")))
+        stored = _mapping(json.loads(path.read_text(encoding="utf-8")))
+        _check(dict(command.leaves(_mapping(stored.get("config")))))
+        return stored
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         problems.append(f"{path} cannot be read: {reason}; restore it from a copy.")
         return {}
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where a setting that the page relies on is none; one may be missing."""
+    for name, allowed in _CHOICES.items():
+        if name in settings and settings[name] not in allowed:
+            raise ValueError(
+                f"{name} = {settings[name]!r} is none of {', '.join(map(str, allowed))}"
+            )
+    for name, kinds in _KINDS.items():
+        value = settings.get(name)
+        if name in settings and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise ValueError(f"{name} = {value!r} is no {kinds[-1].__name__}")
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

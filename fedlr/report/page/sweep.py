@@ -7,14 +7,15 @@ import shlex
 from pathlib import Path
 
 from fedlr.errors import RunError
-from fedlr.report import units
+from fedlr.report import places, units
 from fedlr.report.page import frame, sweep_choice, sweep_figures, sweep_tables, sweep_tests
 from fedlr.report.page.frame import Block, Code, Facts, Figures, Folded, Page, Section, Text
 from fedlr.report.page.sweep_axis import name_of, value_of
-from fedlr.report.page.sweep_cells import SEED, Grid, read_grid
+from fedlr.report.page.sweep_cells import EPSILON, SEED, Grid, number_of, read_grid
 from fedlr.report.page.sweep_choice import SweepCost
 from fedlr.report.page.sweep_trade import trade as trade_of
 from fedlr.report.sweep import SWEEPS, CellState, Sweep, read_sweep
+from fedlr.report.sweeping import MEND
 
 __all__ = ["SweepCost", "page", "write"]
 
@@ -94,14 +95,15 @@ def notices(grid: Grid) -> tuple[str, ...]:
         have = f"{'cell' if total == 1 else 'cells'} {'has' if finished == 1 else 'have'}"
         told.append(
             f"{finished} of {total} {have} finished; {'; '.join(parts)}. This is a partial "
-            f"report: {command(sweep)} runs what is missing."
+            f"report: {_public_command(sweep)} runs what is missing.{_mend(sweep)}"
         )
     if grid.strangers:
         told.append(
             "The folder mixes what does not belong together: "
             + _listed([f"{name} ({reason})" for name, reason in grid.strangers.items()])
-            + ". These cells are left out of the pictures, means and tests; move their folders "
-            "away, or find out how they came here."
+            + ". These cells are left out of the pictures, means and tests; find out how they "
+            "came here, and bring back what was there. What a removed cell has spent is no longer "
+            "counted."
         )
     silent = [
         units.printable(cell.facts.cell)
@@ -114,31 +116,51 @@ def notices(grid: Grid) -> tuple[str, ...]:
 
 
 def command(sweep: Sweep) -> str:
-    """Return the command that makes the sweep, or goes on with it."""
+    """Return the command that makes the sweep, or goes on with it, on this machine."""
+    return " ".join(map(shlex.quote, _words(sweep)))
+
+
+def _public_command(sweep: Sweep) -> str:
+    """Return it as the page tells it: ``<folder>`` stands for a place of this machine."""
+    return " ".join(map(shlex.quote, places.shown(_words(sweep))))
+
+
+def _words(sweep: Sweep) -> list[str]:
     facts = sweep.facts
     words = ["fedlr", "sweep", *([f"sweep={facts.study}"] if facts.study else [])]
     axes = () if facts.search else facts.axes.items()
     words += [*facts.fixed, *(f"{name}={','.join(values)}" for name, values in axes)]
-    words += [f"name={facts.name}", *_output(sweep.folder)]
-    return " ".join(map(shlex.quote, words))
+    if facts.search and facts.study:
+        words.append(f"search.trials={max(len(sweep.cells), facts.trials or 1)}")
+    # The folder may have been renamed: its name is what finds it.
+    return [*words, f"name={_place(sweep.folder).name}", *_output(sweep.folder)]
 
 
 def _output(folder: Path) -> list[str]:
     """Return the override of the place that a sweep's folder is in; none for the usual one."""
-    place = folder if len(folder.parts) > 2 else folder.resolve()
+    place = _place(folder)
     output = place.parent.parent
     usual = place.parent.name != SWEEPS or str(output) == "runs"
     return [] if usual else [f"output={output}"]
 
 
+def _place(folder: Path) -> Path:
+    return folder if len(folder.parts) > 2 else folder.resolve()
+
+
 def _sections(grid: Grid, cost: SweepCost | None) -> tuple[Section, ...]:
     pictures, trade = sweep_figures.pictures(grid), trade_of(grid)
     drawings = (*pictures, *((trade,) if trade else ()))
-    settings = (Text(sweep_tables.ABOUT_SETTINGS), sweep_tables.settings_table(grid))
+    figures = (Figures(drawings),) if drawings else ()
+    settings = (
+        (Text(sweep_tables.ABOUT_SETTINGS), sweep_tables.settings_table(grid))
+        if grid.settings
+        else ()
+    )
     tests = sweep_tests.compare(grid)
     return (
         Section("In short", _short(grid, cost)),
-        Section("Accuracy and cost", (Figures(drawings), *settings) if drawings else ()),
+        Section("Accuracy and cost", (*figures, *settings)),
         Section("Paired tests", _tests(tests) if tests else ()),
         Section("The best cell", sweep_choice.blocks(grid, cost)),
         Section("All cells", (Text(sweep_tables.ABOUT_CELLS), sweep_tables.cells_table(grid))),
@@ -191,7 +213,10 @@ def _about(grid: Grid) -> tuple[Block, ...]:
         for name, values in grid.axes.items()
     )
     study = (("study", facts.study),) if facts.study else ()
-    fixed = (("fixed", " ".join(facts.fixed)),) if facts.fixed else ()
+    fixed = (("fixed", " ".join(places.shown(facts.fixed))),) if facts.fixed else ()
+    budgets = map(number_of, grid.axes.get(EPSILON, ()))
+    if facts.without_privacy and math.inf in budgets:
+        fixed = (*fixed, ("at ε = ∞", " ".join(facts.without_privacy)))
     repeats = len(grid.axes.get(SEED, ()))
     seeds = "Every setting has the same seeds." if repeats > 1 else "Every setting has one seed."
     how = (
@@ -203,8 +228,13 @@ def _about(grid: Grid) -> tuple[Block, ...]:
     return (
         Facts((*study, *axes, *fixed)),
         Text(how),
-        Code("To make it, or to go on with it:", command(grid.sweep)),
+        Code("To make it, or to go on with it:", _public_command(grid.sweep)),
     )
+
+
+def _mend(sweep: Sweep) -> str:
+    """Say that no command mends what is damaged; empty where nothing is."""
+    return f" What is damaged is left alone: {MEND}." if sweep.of("damaged") else ""
 
 
 def _of(sweep: Sweep, state: CellState, one: str, many: str) -> str:

@@ -13,7 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fedlr.errors import RunError
 from fedlr.report import units
+from fedlr.report.facts import read_facts
 from fedlr.report.folder import CONFIG_FILE
 from fedlr.report.statistics import Interval, interval
 from fedlr.report.sweep import Cell, Sweep
@@ -42,6 +44,8 @@ class Result:
         traffic: Payload of all clients and rounds, both ways, bytes.
         wall_s: Duration, seconds.
         rounds: Finished rounds.
+        cumulative: Whether that ε counts other runs too: a client's ledger is its
+            operator's.
     """
 
     cell: Cell
@@ -55,6 +59,7 @@ class Result:
     traffic: int | None
     wall_s: float | None
     rounds: int
+    cumulative: bool = False
 
     @property
     def name(self) -> str:
@@ -143,6 +148,14 @@ def read_grid(sweep: Sweep) -> Grid:
     return Grid(sweep, axes, results, strangers)
 
 
+def of_unbounded(grid: Grid, settings: Iterable[Setting]) -> str:
+    """Say what the cells at ε = ∞ among ``settings`` take of their own; empty where nothing."""
+    words = units.printable(" ".join(grid.sweep.facts.without_privacy))
+    budgets = (dict(setting.values).get(EPSILON) for setting in settings)
+    unbounded = any(number_of(value) == math.inf for value in budgets if value is not None)
+    return f" At ε = ∞ cells take {words}." if words and unbounded else ""
+
+
 def number_of(value: str) -> float | None:
     """Return the number that a value on the command line is; None where it is none.
 
@@ -185,7 +198,18 @@ def _result(cell: Cell, axes: Iterable[str]) -> Result:
         traffic=sum(one.bytes_up + one.bytes_down for one in rounds) if whole else None,
         wall_s=summary.wall_s,
         rounds=summary.rounds,
+        cumulative=summary.epsilon_max is not None and _is_cumulative(cell.run),
     )
+
+
+def _is_cumulative(run: Path) -> bool:
+    """Return whether a client of the run keeps a ledger over its runs."""
+    try:
+        facts = read_facts(run)
+    except RunError:  # the run says nothing of it
+        return False
+    own = [f"{facts.run}/{one.client}" for one in facts.clients]
+    return bool(facts.sources) and list(facts.sources) != own
 
 
 def _setting(values: Values, results: Sequence[Result]) -> Setting:

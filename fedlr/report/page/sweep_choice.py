@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fedlr.report import units
+from fedlr.report import places, units
 from fedlr.report.page.frame import Block, Code, Listing, Text
 from fedlr.report.page.sweep_cells import SEED, Grid, Result, Setting
 
@@ -139,9 +139,11 @@ def _is_public(result: Result) -> bool:
 
 def _cell(title: str, chosen: Result, grid: Grid) -> list[Block]:
     facts = chosen.cell.facts
-    words = " ".join(["fedlr simulate", *map(shlex.quote, facts.overrides)])
+    words = " ".join(["fedlr simulate", *map(shlex.quote, places.shown(facts.overrides))])
     epsilon = units.privacy_loss(chosen.epsilon)
     spent = "without privacy" if epsilon == "∞" else f"with ε = {epsilon} of its own"
+    if chosen.cumulative:
+        spent = f"with ε = {epsilon}, which counts other runs in the ledgers of operators too"
     sentence = f"{title} is {chosen.name}: {units.percent(chosen.accuracy)} {spent}."
     (setting,) = (one for one in grid.settings if chosen in one.results)
     return [Text(f"{sentence} {_of_setting(setting)}".strip()), Code("To run it again:", words)]

@@ -21,7 +21,16 @@ from fedlr.report.page.sweep_axis import (
     scale_of,
     value_of,
 )
-from fedlr.report.page.sweep_cells import EPSILON, METHOD, Grid, Setting, Values, number_of
+from fedlr.report.page.sweep_cells import (
+    EPSILON,
+    METHOD,
+    SEED,
+    Grid,
+    Setting,
+    Values,
+    number_of,
+    of_unbounded,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,6 +67,7 @@ class Picture:
         joined: Whether points are joined: not those of a search, which differ in more.
         title: What all lines have in common; empty where nothing is left out.
         majority: Accuracy of a constant answer, [0, 1].
+        unbounded: What cells at ε = ∞ take of their own, a sentence; empty where nothing.
     """
 
     axis: str
@@ -66,6 +76,7 @@ class Picture:
     joined: bool
     title: str
     majority: float
+    unbounded: str = ""
 
 
 def pictures(grid: Grid) -> tuple[Drawing, ...]:
@@ -73,6 +84,7 @@ def pictures(grid: Grid) -> tuple[Drawing, ...]:
 
     One line per method, or per combination of what else was varied; more of them than
     `MOST_LINES` are parted over several pictures. A search has a picture per setting.
+    Seeds alone are no axis: a sweep over nothing else has none.
     """
     settings = grid.settings
     if not settings:
@@ -86,15 +98,17 @@ def pictures(grid: Grid) -> tuple[Drawing, ...]:
 
 
 def horizontal(grid: Grid) -> str:
-    """Return the setting along the pictures of accuracy."""
+    """Return the setting along the pictures of accuracy; never the seed."""
     varied = grid.varied
     for name in (EPSILON, *(name for name in varied if name != METHOD), METHOD, *grid.axes):
         if name in varied:
             return name
-    return next(iter(grid.axes), METHOD)
+    return next((name for name in grid.axes if name != SEED), METHOD)
 
 
 def _of_grid(grid: Grid, settings: Sequence[Setting]) -> list[Picture]:
+    if set(grid.axes) <= {SEED}:
+        return []
     axis = horizontal(grid)
     others = [name for name in grid.varied if name != axis]
     combinations = list(dict.fromkeys(_part(setting.values, others) for setting in settings))
@@ -142,7 +156,9 @@ def _picture(
         if result.cell.summary
     ]
     majority = sum(majorities) / len(majorities)
-    return Picture(axis, scale, tuple(lines), not grid.sweep.facts.search, title, majority)
+    joined = not grid.sweep.facts.search
+    unbounded = of_unbounded(grid, settings)
+    return Picture(axis, scale, tuple(lines), joined, title, majority, unbounded)
 
 
 def _part(values: Values, names: Sequence[str]) -> Values:
@@ -153,13 +169,15 @@ def _caption(picture: Picture) -> str:
     counts = sorted({setting.accuracy.n for line in picture.lines for setting in line.points})
     of = f"{picture.title}. " if picture.title else ""
     if counts == [1]:
-        return f"{of}Accuracy on the public validation data. Every setting was run once."
+        once = "Every setting was run once."
+        return f"{of}Accuracy on the public validation data. {once}{picture.unbounded}"
     runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     alone = "; a setting that was run once has none" if counts[0] == 1 else ""
     beyond = " Bars that meet the edge go on beyond it." if _leaves(picture) else ""
     return (
         f"{of}Mean accuracy on the public validation data over {runs} seeds, with its 95 % "
         f"interval (Student's t{alone}); small points are single runs.{beyond}"
+        f"{picture.unbounded}"
     )
 
 

@@ -11,7 +11,15 @@ from fedlr.report import units
 from fedlr.report.page import sweep_axis
 from fedlr.report.page.drawing import Drawing, Theme, draw, literal
 from fedlr.report.page.sweep_axis import MARKERS, Scale, legend, name_of
-from fedlr.report.page.sweep_cells import EPSILON, METHOD, Grid, Setting, Values, number_of
+from fedlr.report.page.sweep_cells import (
+    EPSILON,
+    METHOD,
+    Grid,
+    Setting,
+    Values,
+    number_of,
+    of_unbounded,
+)
 from fedlr.report.page.sweep_figures import MOST_LINES
 from fedlr.report.pareto import Offer, front
 
@@ -43,7 +51,7 @@ def trade(grid: Grid) -> Drawing | None:
     caption = (
         f"Mean accuracy against {what}. Ringed: the front, which no other setting beats in "
         "accuracy, ε and bytes at once; joined: what no other one beats in the two of the "
-        f"axes.{same}"
+        f"axes.{same}{of_unbounded(grid, known)}{_of_ledgers(known)}"
     )
     listed = "; ".join(
         f"{name_of(setting.values)}: {units.percent(setting.accuracy.mean)}, "
@@ -59,6 +67,13 @@ def on_front(grid: Grid) -> frozenset[Values]:
     """Return the settings that no other one beats; those whose bytes are not known are out."""
     known = [setting for setting in grid.settings if setting.traffic is not None]
     return frozenset(known[place].values for place in front([_offer(setting) for setting in known]))
+
+
+def _of_ledgers(known: Sequence[Setting]) -> str:
+    """Say that ε is no run's own where operators keep ledgers; empty where none does."""
+    if not any(result.cumulative for setting in known for result in setting.results):
+        return ""
+    return " ε is cumulative: ledgers of operators count other runs too."
 
 
 def _offer(setting: Setting) -> Offer:

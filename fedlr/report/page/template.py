@@ -87,7 +87,8 @@ PAGE = """\
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; \
-style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
+style-src 'unsafe-inline'; script-src 'sha256-{{ digest }}'; img-src data:; \
+base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
@@ -165,7 +166,7 @@ a {{ color: var(--link); }}
 :focus-visible {{ outline: 3px solid var(--link); outline-offset: 2px; }}
 .skip {{ position: absolute; left: -99rem; }}
 .skip:focus {{ left: 1rem; top: .5rem; padding: .5rem; background: var(--background); z-index: 1; }}
-header {{ overflow: hidden; }}
+header {{ display: flow-root; }}
 .subtitle {{ color: var(--muted); }}
 button {{ font: inherit; color: inherit; background: var(--panel); cursor: pointer;
   border: 1px solid var(--line); border-radius: .4rem; padding: .25rem .7rem; }}
@@ -204,9 +205,11 @@ td.long {{ min-width: 16rem; }}
 thead th {{ vertical-align: bottom; }}
 .number {{ text-align: right; white-space: nowrap; }}
 th button {{ border: 0; background: none; padding: 0; font-weight: inherit; text-align: inherit; }}
-th button::after {{ content: " \\21C5"; color: var(--muted); }}
-th[aria-sort="ascending"] button::after {{ content: " \\2191"; color: inherit; }}
-th[aria-sort="descending"] button::after {{ content: " \\2193"; color: inherit; }}
+/* After the slash: what is read aloud. */
+th button::after {{ content: " \\21C5"; content: " \\21C5" / ""; color: var(--muted); }}
+th[aria-sort$="scending"] button::after {{ color: inherit; }}
+th[aria-sort="ascending"] button::after {{ content: " \\2191"; content: " \\2191" / ""; }}
+th[aria-sort="descending"] button::after {{ content: " \\2193"; content: " \\2193" / ""; }}
 .label {{ margin-bottom: .2rem; }}
 pre {{ background: var(--panel); border: 1px solid var(--line); border-radius: .4rem; margin: 0;
   padding: .6rem .75rem; overflow-x: auto; font-size: .85rem; line-height: 1.45; }}

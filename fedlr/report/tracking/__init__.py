@@ -14,7 +14,7 @@ module         content
 =============  ==================================================================
 
 Only the server calls it, and only with what ``rounds.jsonl``, ``summary.json`` and
-``config.json`` hold, paths and host names left out (`server.tracking`). No tool is imported
+``config.json`` hold, paths and host names left out (`fedlr.report.places`). No tool is imported
 before it is used, and none is asked for the name of the machine, its user, the code, the
 console or the hardware.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from typing import ClassVar
 
 from fedlr.report.live import say
 from fedlr.report.records import RoundRecord, Summary
@@ -13,6 +14,9 @@ from fedlr.report.units import printable
 
 PATIENCE_S = 60.0
 """Seconds that the end of a run waits for its tracker: a new database on a slow disk takes half."""
+
+LEFT_S = 5.0
+"""The same where little is lost: the run was interrupted, or its tool has failed or hung."""
 
 LONGEST = 200
 """Characters of a tool's complaint that are shown."""
@@ -23,8 +27,9 @@ class Guarded:
 
     Guarantees:
         No call raises, and none but `close` waits. The first failure is said once; after
-        it the tracker is only closed. `close` waits ``patience_s`` at most, and says so
-        when that was too short.
+        it the tracker is only closed. `close` waits ``patience_s`` at most, `LEFT_S` where
+        the run did not finish, or its tool failed or hung in this or an earlier run of this
+        process, and says so when that was too short, once.
 
     Args:
         tracker: What is called.
@@ -32,12 +37,16 @@ class Guarded:
         patience_s: Seconds that `close` waits, > 0.
     """
 
+    _hung: ClassVar[set[str]] = set()  # tools that were left, by kind
+
     def __init__(self, tracker: Tracker, kind: str, patience_s: float = PATIENCE_S) -> None:
         self._tracker = tracker
         self._kind = kind
         self._patience_s = patience_s
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._failed = threading.Event()
+        self._finished = False
+        self._closing = False
         # A daemon: a server that never answers must not keep the process alive.
         self._thread = threading.Thread(target=self._work, name=f"tracking={kind}", daemon=True)
 
@@ -53,19 +62,28 @@ class Guarded:
 
     def finish(self, summary: Summary) -> None:
         """See `Tracker.finish`."""
+        self._finished = True
         self._calls.put(lambda: self._tracker.finish(summary))
 
     def close(self) -> None:
         """See `Tracker.close`; may be called twice, and without a start."""
-        if not self._thread.is_alive():
+        if self._closing or not self._thread.is_alive():
             return
+        self._closing = True
         self._calls.put(None)
-        self._thread.join(self._patience_s)
-        if self._thread.is_alive() and not self._failed.is_set():
+        patience_s = self._patience_s
+        if not self._finished or self._failed.is_set() or self._kind in self._hung:
+            patience_s = min(patience_s, LEFT_S)
+        self._thread.join(patience_s)
+        if not self._thread.is_alive():
+            self._hung.discard(self._kind)
+            return
+        self._hung.add(self._kind)
+        if not self._failed.is_set():
             self._failed.set()
             say(
-                f"tracking={self._kind} was not done after {self._patience_s:g} s and is left; "
-                "what it lacks is in the run folder"
+                f"tracking={self._kind} was not done after {patience_s:g} s and is left; what it "
+                "lacks is in the run folder"
             )
 
     def _work(self) -> None:

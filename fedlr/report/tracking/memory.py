@@ -19,12 +19,14 @@ class Memory:
     Attributes:
         kind: Name of the tool, as in ``tracking=``.
         id: The run's identifier there.
-        sent: Number of the last round that the tool has; 0 if none.
+        sent: Number of the last round that the tool has; 0 if none, or if it is asked itself.
+        finished: Whether it has the result too.
     """
 
     kind: str
     id: str
     sent: int = 0
+    finished: bool = False
 
 
 def recall(folder: Path, kind: str) -> Memory | None:

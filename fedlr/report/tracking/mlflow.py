@@ -61,6 +61,7 @@ class MLflow:
         self._uri = uri
         self._project = project
         self._client: MlflowClient | None = None
+        self._folder = Path()
         self._id = ""
         self._last = 0
         self._finished = False
@@ -77,9 +78,10 @@ class MLflow:
             uri = f"{uri}?timeout={WAIT_S}"
         self._client = MlflowClient(tracking_uri=uri)
         memory = recall(run.folder, "mlflow")
+        self._folder = run.folder
         if memory is None or not self._resume(self._client, memory.id):
             self._begin(self._client, run)
-            remember(run.folder, Memory(kind="mlflow", id=self._id))
+        remember(run.folder, Memory(kind="mlflow", id=self._id))
         for record in run.earlier:
             self.round(record)
 
@@ -99,6 +101,7 @@ class MLflow:
             self._client.log_batch(self._id, tags=tags)
             self._client.set_terminated(self._id, "FINISHED")
             self._finished = True
+            remember(self._folder, Memory(kind="mlflow", id=self._id, finished=True))
 
     def close(self) -> None:
         """Say that the run was interrupted, unless it has finished."""

@@ -1,4 +1,4 @@
-"""TensorBoard: event files in ``<run folder>/tensorboard``, written by its own writer.
+"""TensorBoard: event files in ``<run folder>/tensorboard``, its own records and checksums.
 
 Look at them with ``tensorboard --logdir <output>``. Its scalars are float32: a number of
 bytes above 2²⁴ is shown rounded.
@@ -9,17 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from fedlr.report.records import RoundRecord, Summary
 from fedlr.report.tracking.tracker import TrackedRun, closing, promise, series
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary as Scalars
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
 FOLDER = "tensorboard"
 """Name of the folder in the run folder."""
+
+VERSION = "brain.Event:2"
+"""What the first event of a file says of its format."""
 
 
 class TensorBoard:
@@ -30,16 +33,17 @@ class TensorBoard:
     """
 
     def __init__(self) -> None:
-        self._writer: EventFileWriter | None = None
+        self._writer: RecordWriter | None = None
 
     def start(self, run: TrackedRun) -> None:
         """Open an event file and write the configuration as a text."""
         from tensorboard.compat.proto import event_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder = run.folder / FOLDER
         there = _steps(folder) if folder.exists() else frozenset()
-        self._writer = EventFileWriter(str(folder))
+        self._writer = RecordWriter(_new_file(folder))
+        self._add(event_pb2.Event(wall_time=time.time(), file_version=VERSION))
         if there:
             log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             step = len(run.earlier) + 1
@@ -86,13 +90,23 @@ class TensorBoard:
 
         self._add(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
 
-    def _add(self, event: object) -> None:
+    def _add(self, event: Any) -> None:
         if self._writer is not None:
-            self._writer.add_event(event)
+            self._writer.write(event.SerializeToString())
 
     def _flush(self) -> None:
         if self._writer is not None:
             self._writer.flush()
+
+
+def _new_file(folder: Path) -> IO[bytes]:
+    """Open a file that its reader comes to after those that are there.
+
+    TensorBoard's own writer puts the name of the machine into the file's.
+    """
+    folder.mkdir(exist_ok=True)
+    earlier = len(list(folder.iterdir()))
+    return (folder / f"events.out.tfevents.{int(time.time()):010d}.fedlr.{earlier:04d}").open("xb")
 
 
 def _steps(folder: Path) -> frozenset[int]:

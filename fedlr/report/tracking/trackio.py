@@ -7,9 +7,9 @@ it in that folder; ``HF_HUB_OFFLINE=1`` prevents it.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,7 @@ class Trackio:
         self._run: Run | None = None
         self._folder = Path()
         self._memory: Memory | None = None
+        self._finished = False
 
     def start(self, run: TrackedRun) -> None:
         """Make the run, or go on with the one of its name."""
@@ -44,17 +45,16 @@ class Trackio:
 
         self._folder = run.folder
         self._memory = recall(run.folder, "trackio") or Memory(kind="trackio", id=run.run)
-        # It prints to standard output, which belongs to the run folder's path.
-        with contextlib.redirect_stdout(sys.stderr):
-            self._run = trackio.init(
-                project=self._project,
-                name=self._memory.id,
-                config={**run.settings, "fedlr.rounds": run.rounds},
-                resume="allow",
-                embed=False,
-                auto_log_gpu=False,
-                auto_log_cpu=False,
-            )
+        _print_to_stderr()
+        self._run = trackio.init(
+            project=self._project,
+            name=self._memory.id,
+            config={**run.settings, "fedlr.rounds": run.rounds},
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
         remember(run.folder, self._memory)
         for record in run.earlier:
             self.round(record)
@@ -64,22 +64,40 @@ class Trackio:
         if self._run is None or self._memory is None or record.round <= self._memory.sent:
             return
         self._run.log(series(record), step=record.round)
-        self._memory = Memory(kind="trackio", id=self._memory.id, sent=record.round)
+        self._memory = replace(self._memory, sent=record.round, finished=False)
         remember(self._folder, self._memory)
 
     def finish(self, summary: Summary) -> None:
         """Write the result at the step of the last round."""
         if self._run is not None:
             self._run.log({**closing(summary), **promise(summary)}, step=summary.rounds)
+            self._finished = True
 
     def close(self) -> None:
         """Wait until everything is written."""
         import trackio
 
         if self._run is not None:
-            with contextlib.redirect_stdout(sys.stderr):
-                trackio.finish()
+            _print_to_stderr()
+            trackio.finish()
             self._run = None
+            if self._finished and self._memory is not None:
+                remember(self._folder, replace(self._memory, finished=True))
+
+
+def _print_to_stderr() -> None:
+    """Give Trackio's modules a ``print`` of their own.
+
+    It has no option for it, and standard output belongs to the run folder's path; another
+    standard output would hold for every thread of the process.
+    """
+
+    def to_stderr(*values: object, **_options: object) -> None:
+        sys.stderr.write(f"{' '.join(map(str, values))}\n")
+
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "trackio":
+            vars(module)["print"] = to_stderr
 
 
 def check_local() -> None:

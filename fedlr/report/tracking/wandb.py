@@ -6,7 +6,9 @@ key of ``wandb login`` or of ``WANDB_API_KEY``.
 
 from __future__ import annotations
 
+import netrc
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
@@ -68,7 +70,7 @@ class WandB:
         if self._run is None or self._memory is None or record.round <= self._memory.sent:
             return
         self._run.log(series(record), step=record.round)
-        self._memory = Memory(kind="wandb", id=self._memory.id, sent=record.round)
+        self._memory = replace(self._memory, sent=record.round, finished=False)
         remember(self._folder, self._memory)
 
     def finish(self, summary: Summary) -> None:
@@ -82,6 +84,8 @@ class WandB:
         if self._run is not None:
             self._run.finish(exit_code=0 if self._finished else 1)
             self._run = None
+            if self._finished and self._memory is not None:
+                remember(self._folder, replace(self._memory, finished=True))
 
     def _settings(self) -> Settings:
         import wandb
@@ -103,12 +107,27 @@ class WandB:
 def check_key(uri: str | None) -> None:
     """Raise ConfigError where an online run would stop to ask for a key."""
     host = urlsplit(uri or os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    known = path.is_file() and str(host) in path.read_text(encoding="utf-8", errors="replace")
-    if not known and not os.environ.get("WANDB_API_KEY"):
+    if not os.environ.get("WANDB_API_KEY") and not _is_known(str(host)):
         raise ConfigError(
             [
                 f"tracking.mode = online but there is no key for {host}; run `wandb login`, set "
                 "WANDB_API_KEY, or set tracking.mode=offline"
             ]
         )
+
+
+def _is_known(host: str) -> bool:
+    """Return whether ``~/.netrc`` has a key for ``host``, or one for every host."""
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, netrc.NetrcParseError) as error:
+        raise ConfigError(
+            [
+                f"tracking.mode = online needs the keys of {str(path)!r}, which cannot be read: "
+                f"{getattr(error, 'strerror', None) or error}; mend the file, set WANDB_API_KEY, "
+                "or set tracking.mode=offline"
+            ]
+        ) from error
