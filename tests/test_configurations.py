@@ -93,6 +93,12 @@ def overrides(choice: str, rows: Path) -> list[str]:
     return [choice, *(word.format(rows=rows, model=model) for word in CASES[choice].needs)]
 
 
+@pytest.fixture(autouse=True)
+def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out ``report.html``; it takes one to two seconds a run."""
+    monkeypatch.setattr("server.session.write_page", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """240 rows of two labels by twelve users, and 20 for validation."""

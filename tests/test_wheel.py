@@ -81,6 +81,7 @@ def test_every_configuration_and_document_is_in_the_wheel(wheel: Path) -> None:
     assert not {name for name in names if name.startswith("tests/")}
 
 
+@pytest.mark.slow  # 19 s
 def test_the_wheel_runs_from_an_empty_folder_with_a_decoy(
     environment: Path, tmp_path: Path
 ) -> None:

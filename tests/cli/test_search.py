@@ -59,6 +59,7 @@ def real(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, BaseException]]:
     return met  # type: ignore[return-value]
 
 
+@pytest.mark.slow  # 10 s
 def test_killed_and_gone_on_with_it_is_the_same_search(
     place: list[str], tmp_path: Path, real: dict[str, BaseException]
 ) -> None:

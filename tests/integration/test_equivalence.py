@@ -44,6 +44,7 @@ def test_fedsvd_is_ffa_lora_with_the_same_orthonormal_a(tmp_path: Path) -> None:
     assert difference(fedsvd, kaiming) > 0.1
 
 
+@pytest.mark.slow  # 16 s
 def test_physical_batch_and_gradient_path_change_nothing(tmp_path: Path) -> None:
     reference = products(tmp_path, "reference", "kernels=reference", "kernels.physical_batch=5")
     others = {

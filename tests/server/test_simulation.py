@@ -78,6 +78,7 @@ def on_ray(
     return finished[0]
 
 
+@pytest.mark.slow  # 15 s
 @needs_ray
 def test_a_hundred_clients_and_a_dead_process_are_as_in_one_process(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
