@@ -123,6 +123,7 @@ def test_a_finished_run_is_left_as_it_is(whole: Path, capfd: pytest.CaptureFixtu
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.slow  # 24 s
 def test_ctrl_c_says_how_to_go_on_and_the_ledgers_keep_what_was_spent(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +151,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_ledgers_keep_what_was_spent(
         assert client.epsilon <= 8.0
 
 
+@pytest.mark.slow  # 28 s
 def test_two_resumes_of_one_journal_draw_different_noise(tmp_path: Path) -> None:
     process = start(tmp_path, *WORDS)
     wait_for(process, "round 2/5")

@@ -35,6 +35,7 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return float((apart / sum(float(value.pow(2).sum()) for value in left.values())) ** 0.5)
 
 
+@pytest.mark.slow  # 11 s
 def test_fedsvd_is_ffa_lora_with_the_same_orthonormal_a(tmp_path: Path) -> None:
     """SGD, clipping and averaging commute with the rotation (method.md, 'What it does not do')."""
     fedsvd = products(tmp_path, "fedsvd", "method=fedsvd")
