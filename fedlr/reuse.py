@@ -64,11 +64,6 @@ class Reuse:
         kept.move_to_end(key)
         return cast(T, kept[key])
 
-    @property
-    def on(self) -> bool:
-        """Whether anything is kept."""
-        return self._on
-
     def base(self, key: Hashable, make: Callable[[], BaseModel]) -> BaseModel:
         """Return a base model whose layers are the caller's own and whose weights are shared.
 

@@ -21,6 +21,7 @@ from fedlr.errors import RunError
 from fedlr.methods.method import GlobalState, Layout, PartKey, Parts, Role
 from fedlr.report import strict_json
 from fedlr.report.records import ROUNDS_FILE, read_rounds, write_atomically
+from fedlr.report.sweep import LOCK
 from server.outcome import Checkpoint
 
 JOURNAL, CHECKPOINT, SENDING, HEAD = (
@@ -75,7 +76,7 @@ class FileJournal:
         self._place = folder / JOURNAL
         try:
             self._place.mkdir(exist_ok=True)
-            self._lock = FileLock(self._place / "lock", thread_local=False)
+            self._lock = FileLock(folder / LOCK, thread_local=False)
             self._lock.acquire(timeout=_LOCK_S)
         except Timeout as error:
             raise RunError(

@@ -30,6 +30,7 @@ from fedlr.report.folder import (
 from fedlr.report.live import LiveProgress, Progress, SilentProgress
 from fedlr.report.records import ROUNDS_FILE, SUMMARY_FILE, RoundLog, Summary, read_summary
 from fedlr.report.spectra import SPECTRA_FILE
+from fedlr.report.traces import LEDGERS
 from fedlr.report.tracking.tracker import NoTracker, Tracker
 from fedlr.reuse import NOTHING_SHARED, Reuse
 from server import books
@@ -40,9 +41,6 @@ from server.results import settle, summarise, write_page, write_results
 from server.spectra import SpectrumRecorder
 from server.strategy import FederatedStrategy
 from server.tracking import TrackedProgress, check_tracking, open_tracker, tell_end
-
-LEDGERS = "ledgers"
-"""Folder of the ledgers of simulated clients, in the run folder."""
 
 _FIXED = ("base", "tokenizer", "labels", "codec", "data_sha256", "clients")
 """Facts that a resumed run must find as they were."""

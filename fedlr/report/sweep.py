@@ -294,21 +294,14 @@ def hold_run(run: Path) -> Iterator[None]:
     Raises:
         RunError: One does already, or the folder cannot be written.
     """
-    lock = FileLock(run / LOCK, thread_local=False)
-    try:
-        (run / LOCK).parent.mkdir(exist_ok=True)
-        lock.acquire(timeout=_LOOK_S)
-    except Timeout as error:
-        raise RunError(f"another process works at {str(run)!r}; wait for it") from error
-    except OSError as error:
-        raise RunError(
-            f"{str(run)!r} cannot be written: {error.strerror or error}; make it writable for this "
-            "user, or choose a folder of your own"
-        ) from error
-    try:
+    with _held(
+        run,
+        LOCK,
+        _LOOK_S,
+        f"another process works at {str(run)!r}; wait for it",
+        "make it writable for this user, or choose a folder of your own",
+    ):
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -318,18 +311,30 @@ def hold(folder: Path) -> Iterator[None]:
     Raises:
         RunError: One does already, or the folder cannot be written.
     """
-    lock = FileLock(folder / SWEEP_LOCK, blocking=False)
+    with _held(
+        folder,
+        SWEEP_LOCK,
+        0.0,
+        f"another `fedlr sweep` works at {str(folder)!r}; wait for it, or choose another "
+        "name=<name>",
+        "choose a folder of your own with output=<folder>",
+    ):
+        yield
+
+
+@contextmanager
+def _held(folder: Path, name: str | Path, wait_s: float, busy: str, way_out: str) -> Iterator[None]:
+    """Hold the lock ``name`` in ``folder``; RunError: ``busy``, or unwritable and the way out."""
+    path = folder / name
+    lock = FileLock(path, thread_local=False)
     try:
-        lock.acquire()
+        path.parent.mkdir(exist_ok=True)
+        lock.acquire(timeout=wait_s)
     except Timeout as error:
-        raise RunError(
-            f"another `fedlr sweep` works at {str(folder)!r}; wait for it, or choose another "
-            "name=<name>"
-        ) from error
+        raise RunError(busy) from error
     except OSError as error:
         raise RunError(
-            f"{str(folder)!r} cannot be written: {error.strerror or error}; choose a folder of "
-            "your own with output=<folder>"
+            f"{str(folder)!r} cannot be written: {error.strerror or error}; {way_out}"
         ) from error
     try:
         yield

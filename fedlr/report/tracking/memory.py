@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedlr.errors import RunError
@@ -55,3 +55,43 @@ def remember(folder: Path, memory: Memory) -> None:
     """
     text = strict_json.encode(memory, indent=2) + "\n"
     write_atomically(folder / TRACKING_FILE, text.encode())
+
+
+class Sent:
+    """Which rounds a tool has, for one that cannot be asked itself.
+
+    Args:
+        folder: The run folder.
+        kind: Name of the tool.
+        run: The run's identifier there, where it is new.
+
+    Raises:
+        RunError: As `recall`.
+    """
+
+    def __init__(self, folder: Path, kind: str, run: str) -> None:
+        self._folder = folder
+        self._memory = recall(folder, kind) or Memory(kind=kind, id=run)
+
+    @property
+    def id(self) -> str:
+        """The run's identifier in the tool."""
+        return self._memory.id
+
+    def lacks(self, round: int) -> bool:
+        """Return whether the tool was not sent this round, nor a later one."""
+        return round > self._memory.sent
+
+    def keep(self) -> None:
+        """Write what is known; RunError as `remember`."""
+        remember(self._folder, self._memory)
+
+    def add(self, round: int) -> None:
+        """Remember that the tool has the rounds up to this one, and not yet the result."""
+        self._memory = replace(self._memory, sent=round, finished=False)
+        self.keep()
+
+    def finish(self) -> None:
+        """Remember that it has the result."""
+        self._memory = replace(self._memory, finished=True)
+        self.keep()

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlr.errors import ConfigError
 from fedlr.report.records import RoundRecord, Summary
-from fedlr.report.tracking.memory import Memory, recall, remember
+from fedlr.report.tracking.memory import Sent
 from fedlr.report.tracking.tracker import TrackedRun, closing, promise, series
 
 if TYPE_CHECKING:
@@ -35,37 +33,34 @@ class Trackio:
     def __init__(self, project: str) -> None:
         self._project = project
         self._run: Run | None = None
-        self._folder = Path()
-        self._memory: Memory | None = None
+        self._sent: Sent | None = None
         self._finished = False
 
     def start(self, run: TrackedRun) -> None:
         """Make the run, or go on with the one of its name."""
         import trackio
 
-        self._folder = run.folder
-        self._memory = recall(run.folder, "trackio") or Memory(kind="trackio", id=run.run)
+        self._sent = Sent(run.folder, "trackio", run.run)
         _print_to_stderr()
         self._run = trackio.init(
             project=self._project,
-            name=self._memory.id,
+            name=self._sent.id,
             config={**run.settings, "fedlr.rounds": run.rounds},
             resume="allow",
             embed=False,
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
-        remember(run.folder, self._memory)
+        self._sent.keep()
         for record in run.earlier:
             self.round(record)
 
     def round(self, record: RoundRecord) -> None:
         """Write a row at the round's step, unless it was written before."""
-        if self._run is None or self._memory is None or record.round <= self._memory.sent:
+        if self._run is None or self._sent is None or not self._sent.lacks(record.round):
             return
         self._run.log(series(record), step=record.round)
-        self._memory = replace(self._memory, sent=record.round, finished=False)
-        remember(self._folder, self._memory)
+        self._sent.add(record.round)
 
     def finish(self, summary: Summary) -> None:
         """Write the result at the step of the last round."""
@@ -81,8 +76,8 @@ class Trackio:
             _print_to_stderr()
             trackio.finish()
             self._run = None
-            if self._finished and self._memory is not None:
-                remember(self._folder, replace(self._memory, finished=True))
+            if self._finished and self._sent is not None:
+                self._sent.finish()
 
 
 def _print_to_stderr() -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import netrc
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from fedlr.errors import ConfigError
 from fedlr.report.records import RoundRecord, Summary
-from fedlr.report.tracking.memory import Memory, recall, remember
+from fedlr.report.tracking.memory import Sent
 from fedlr.report.tracking.tracker import TrackedRun, closing, promise, series
 
 if TYPE_CHECKING:
@@ -42,36 +41,33 @@ class WandB:
         self._project = project
         self._mode = mode
         self._run: Run | None = None
-        self._folder = Path()
-        self._memory: Memory | None = None
+        self._sent: Sent | None = None
         self._finished = False
 
     def start(self, run: TrackedRun) -> None:
         """Make the run, or go on under its id."""
         import wandb
 
-        self._folder = run.folder
-        self._memory = recall(run.folder, "wandb") or Memory(kind="wandb", id=run.run)
+        self._sent = Sent(run.folder, "wandb", run.run)
         self._run = wandb.init(
             project=self._project,
-            id=self._memory.id,
+            id=self._sent.id,
             name=run.run,
             dir=str(run.folder),
             config={**run.settings, "fedlr.rounds": run.rounds},
             resume="allow",
             settings=self._settings(),
         )
-        remember(run.folder, self._memory)
+        self._sent.keep()
         for record in run.earlier:
             self.round(record)
 
     def round(self, record: RoundRecord) -> None:
         """Send a row at the round's step, unless it was sent before."""
-        if self._run is None or self._memory is None or record.round <= self._memory.sent:
+        if self._run is None or self._sent is None or not self._sent.lacks(record.round):
             return
         self._run.log(series(record), step=record.round)
-        self._memory = replace(self._memory, sent=record.round, finished=False)
-        remember(self._folder, self._memory)
+        self._sent.add(record.round)
 
     def finish(self, summary: Summary) -> None:
         """Put the result into the run's summary."""
@@ -84,8 +80,8 @@ class WandB:
         if self._run is not None:
             self._run.finish(exit_code=0 if self._finished else 1)
             self._run = None
-            if self._finished and self._memory is not None:
-                remember(self._folder, replace(self._memory, finished=True))
+            if self._finished and self._sent is not None:
+                self._sent.finish()
 
     def _settings(self) -> Settings:
         import wandb
