@@ -36,10 +36,8 @@ from fedlr.kernels.dispatch import (
     lora_linear,
 )
 from fedlr.lowrank.factors import AdapterSite
-from fedlr.lowrank.subspace import SUBSPACES
+from fedlr.method_choice import method_of, method_problems
 from fedlr.methods.method import MODEL_ROLES, Layout, Method
-from fedlr.methods.registry import METHODS
-from fedlr.methods.registry import build as build_method
 from fedlr.planning import ClientPlan, plan_clients
 from fedlr.reuse import (
     NOTHING_SHARED,
@@ -157,7 +155,7 @@ def build(
         adapted=adapted,
         head=head,
         layout=layout_of(adapted),
-        method=build_method(config.method.name, SUBSPACES[config.subspace.kind]),
+        method=method_of(config),
         trainer=LocalTrainer(classifier, adapted, training, settings, device),
         evaluator=Evaluator(classifier, adapted, validation, settings.physical_batch, device),
         provenance=provenance(config, base, data.label_names),
@@ -261,9 +259,7 @@ def _fitting_settings(
 
 def check_names(config: RunConfig) -> None:
     """Check names that only the libraries know; ConfigError with all that are wrong."""
-    problems = []
-    if config.method.name not in METHODS:
-        problems.append(f"method.name = {config.method.name!r} must be one of {', '.join(METHODS)}")
+    problems = method_problems(config)
     if config.model.precision == "nf4" and (missing := missing_package()):
         problems.append(missing)
     if config.kernels.device == "cuda" and not torch.cuda.is_available():
@@ -378,7 +374,8 @@ def provenance(config: RunConfig, base: BaseModel, label_names: tuple[str, ...])
     meaning = {
         "label_names": label_names,
         "head": {**asdict(model.head), "label_texts": texts},
-        "adapter": asdict(config.adapter),
+        # Not the ranks of clients: those are in the shapes of what they are sent.
+        "adapter": {k: v for k, v in asdict(config.adapter).items() if k != "rank_by_client"},
         "max_length": model.max_length,
         "seed": config.seed if drawn else None,
     }

@@ -29,7 +29,8 @@ class StrategyConfig:
         evaluate_every: Rounds between two evaluations, ≥ 1; start and end are
             always evaluated.
         average_rounds: The result is the mean of this many last states, ≥ 1.
-        weights: ``uniform``, or ``declared``: by the size each site declares.
+        weights: ``uniform``; ``declared``: by the size each site declares;
+            ``inverse_variance``: by 1/σ² of the noise each site announces.
         update_norm_bound: Largest Frobenius norm of the change of one array,
             > 0; None sets no bound.
         round_timeout_s: Seconds to wait for a phase's replies, > 0; None waits
@@ -49,7 +50,7 @@ class StrategyConfig:
     min_clients: int = 1
     evaluate_every: int = 1
     average_rounds: int = 1
-    weights: Literal["uniform", "declared"] = "uniform"
+    weights: Literal["uniform", "declared", "inverse_variance"] = "uniform"
     update_norm_bound: float | None = None
     round_timeout_s: float | None = None
     start_timeout_s: float = 60.0
@@ -61,7 +62,7 @@ class StrategyConfig:
             checks.at_least(name, getattr(self, name), 1)
         checks.in_range("clients_per_round", self.clients_per_round, 1, self.clients)
         checks.in_range("min_clients", self.min_clients, 1, self.clients_per_round)
-        checks.one_of("weights", self.weights, ("uniform", "declared"))
+        checks.one_of("weights", self.weights, ("uniform", "declared", "inverse_variance"))
         checks.positive("start_timeout_s", self.start_timeout_s)
         for name in ("update_norm_bound", "round_timeout_s"):
             if getattr(self, name) is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlr.adapters.quantised import dense_weight
 from fedlr.adapters.surgery import AdaptedModel
-from fedlr.lowrank.factors import AdapterSite, Factors, stack
+from fedlr.lowrank.factors import AdapterSite, Factors
 from fedlr.lowrank.geometry import (
     LEADING,
     THRESHOLD,
@@ -21,6 +21,7 @@ from fedlr.lowrank.geometry import (
     principal_angles,
 )
 from fedlr.lowrank.svd import singular_values
+from fedlr.methods.effective import update_of
 from fedlr.methods.method import GlobalState, PartKey, Parts, Role
 from fedlr.report.spectra import (
     Intruders,
@@ -93,23 +94,6 @@ def spectrum_of(state: GlobalState, first: Parts) -> SpectrumRecord:
             )
     kept = tuple(found[site.name] for site in state.layout.sites if site.name in found)
     return SpectrumRecord(round=state.round, sites=kept)
-
-
-def update_of(site: AdapterSite, parts: Parts) -> Factors | None:
-    """Return the whole update of a site's weight as one pair, a residual stacked onto it.
-
-    None where the parts hold no A and B of the site.
-    """
-    b, a, rest_b, rest_a = (
-        parts.get(PartKey(site.name, role))
-        for role in (Role.B, Role.A, Role.RESIDUAL_B, Role.RESIDUAL_A)
-    )
-    if b is None or a is None:
-        return None
-    pair = Factors(b=b.float(), a=a.float(), scaling=site.scaling)
-    if rest_b is None or rest_a is None or rest_a.shape[0] == 0:
-        return pair
-    return stack([pair, Factors(b=rest_b.float(), a=rest_a.float())])
 
 
 def intruders_of(

@@ -7,24 +7,23 @@ processes.
 """
 
 from fedlr.config.decode import from_json, from_mapping, setting_names, to_json
+from fedlr.config.method import AdapterConfig, CombineConfig, MethodConfig, SubspaceConfig
 from fedlr.config.schema import (
-    AdapterConfig,
     DataConfig,
     FederationConfig,
     HeadConfig,
     KernelsConfig,
-    MethodConfig,
     ModelConfig,
     OptimizerConfig,
     PartitionConfig,
     PrivacyConfig,
     RunConfig,
-    SubspaceConfig,
     TrackingConfig,
 )
 
 __all__ = [
     "AdapterConfig",
+    "CombineConfig",
     "DataConfig",
     "FederationConfig",
     "HeadConfig",

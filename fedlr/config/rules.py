@@ -48,6 +48,7 @@ def range_problems(config: RunConfig) -> list[str]:
         (checks.positive, "federation.start_timeout_s", (federation.start_timeout_s,)),
         (checks.at_least, "federation.cpus_per_client", (federation.cpus_per_client, 1)),
         (checks.non_negative, "federation.gpus_per_client", (federation.gpus_per_client,)),
+        (checks.at_least, "subspace.refresh_every", (config.subspace.refresh_every, 1)),
         (checks.at_least, "kernels.prefix_cache_mb", (config.kernels.prefix_cache_mb, 0)),
         (checks.in_range, "data.validation_fraction", (config.data.validation_fraction, 0.01, 0.9)),
     ]
@@ -55,6 +56,10 @@ def range_problems(config: RunConfig) -> list[str]:
         (checks.positive, "model.head.feature_scale", model.head.feature_scale, ()),
         (checks.positive, "partition.alpha", config.partition.alpha, ()),
         (checks.positive, "method.update_norm_bound", config.method.update_norm_bound, ()),
+        (checks.in_range, "method.pruning", config.method.pruning, (0.01, 0.99)),
+        (checks.at_least, "combine.malicious", config.combine.malicious, (1,)),
+        (checks.positive, "combine.bound", config.combine.bound, ()),
+        (checks.in_range, "combine.consensus", config.combine.consensus, (0.0, 1.0)),
         (checks.in_range, "privacy.delta", privacy.delta, (1e-15, 0.5)),
         (checks.in_range, "privacy.head_share", privacy.head_share, (0.001, 0.999)),
         (checks.at_least, "privacy.max_joins", privacy.max_joins, (1,)),

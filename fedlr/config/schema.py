@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-def top_layers(text: str) -> tuple[int, ...] | None:
-    """Return the layer indices that ``top:k`` means; None where ``text`` is nothing such.
-
-    Example:
-        >>> top_layers("top:2"), top_layers("top:0")
-        ((-2, -1), None)
-    """
-    found = re.fullmatch(r"top:([1-9][0-9]?)", text)
-    return tuple(range(-int(found.group(1)), 0)) if found else None
+from fedlr.config.method import AdapterConfig, CombineConfig, MethodConfig, SubspaceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,50 +116,6 @@ class PartitionConfig:
 
     kind: Literal["iid", "dirichlet", "natural"] = "iid"
     alpha: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """Where low-rank adapters go.
-
-    Attributes:
-        rank: r of every site.
-        alpha: α; the scaling is α / r.
-        modules: Suffixes of linear layer names, e.g. ``query``, ``output.dense``.
-        layers: Layer indices, negative ones counted from the top, or ``top:k`` for the
-            k top layers (read as -k, …, -1); null is all. What lies below is frozen and
-            computed once, see `KernelsConfig.prefix_cache_mb`.
-    """
-
-    rank: int = 8
-    alpha: float = 8.0
-    modules: tuple[str, ...] = ("query", "value", "dense")
-    layers: tuple[int, ...] | None = field(
-        default=(-2, -1), metadata={"spelling": top_layers, "spelt": "top:k (1 ≤ k ≤ 99)"}
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodConfig:
-    """The federated method and how updates are combined.
-
-    Attributes:
-        name: Name in `fedlr.methods.registry`.
-        weights: ``uniform`` or ``declared`` (by the sites' declared sizes).
-        update_norm_bound: Largest accepted Frobenius norm of one array's change
-            in one round; null checks only names, shapes and finiteness.
-    """
-
-    name: str = "fedsvd"
-    weights: Literal["uniform", "declared"] = "uniform"
-    update_norm_bound: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SubspaceConfig:
-    """Where the initial A comes from; see `fedlr.lowrank.subspace`."""
-
-    kind: Literal["kaiming", "orthonormal"] = "orthonormal"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +287,7 @@ class RunConfig:
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    combine: CombineConfig = field(default_factory=CombineConfig)
     subspace: SubspaceConfig = field(default_factory=SubspaceConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

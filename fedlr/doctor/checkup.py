@@ -24,8 +24,7 @@ from fedlr.doctor import clipping, durability, exchange, frozen, gradients, kern
 from fedlr.doctor.finding import Check, Finding, find
 from fedlr.doctor.subject import UNITS, Subject, left_as_it_was
 from fedlr.errors import DoctorError
-from fedlr.lowrank.subspace import SUBSPACES
-from fedlr.methods.registry import build as build_method
+from fedlr.method_choice import method_of
 from fedlr.restore import RunModel
 from fedlr.training.base import check_capacity, check_rows_alone, load_base
 
@@ -51,7 +50,7 @@ def examine(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> t
             to examine.
     """
     model = _load(config, say)
-    method = build_method(config.method.name, SUBSPACES[config.subspace.kind])
+    method = method_of(config)
     subject = Subject.of(model, method, noise_multiplier=1.0)
     removed = {
         **_neighbours(config, range(len(UNITS))),

@@ -9,21 +9,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedlr.lowrank.factors import AdapterSite
 
-Subspace = Callable[[AdapterSite, torch.Generator], Tensor]
-"""(site, generator) → A of shape (r, n), float32, on the generator's device.
+Draw = Callable[[AdapterSite, torch.Generator], Tensor]
+"""(site, generator) → A of shape (r, n), or a basis of shape (m, r); float32.
 
-Draws from the generator only, so sites in the same order and an equally
-seeded generator give the same A on one machine; across machines send A itself.
+Draws from the generator only, and lies on its device, so sites in the same order and an
+equally seeded generator give the same A on one machine; across machines send A itself.
 """
 
 
-def kaiming(site: AdapterSite, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class Subspace:
+    """One policy.
+
+    Attributes:
+        name: Name in the configuration.
+        rows: A of a site, shape (r, n).
+        columns: Orthonormal columns for the output side of a site, shape (m, r), for the
+            methods that train a core between two fixed bases (Fed-SB).
+    """
+
+    name: str
+    rows: Draw
+    columns: Draw
+
+    def __call__(self, site: AdapterSite, generator: torch.Generator) -> Tensor:
+        """Return A of ``site``: `rows`."""
+        return self.rows(site, generator)
+
+
+def kaiming_rows(site: AdapterSite, generator: torch.Generator) -> Tensor:
     """Return A with independent entries from U(−1/√n, 1/√n), PEFT's default.
 
     Kaiming-uniform with a = √5 has bound √(2 / (1 + a²)) · √(3 / n) = 1/√n, so
@@ -45,7 +66,7 @@ def kaiming(site: AdapterSite, generator: torch.Generator) -> Tensor:
     return uniform.mul_(2.0).sub_(1.0).mul_(bound)
 
 
-def orthonormal(site: AdapterSite, generator: torch.Generator) -> Tensor:
+def orthonormal_rows(site: AdapterSite, generator: torch.Generator) -> Tensor:
     """Return A with A·Aᵀ = I, its row space uniform on the Grassmannian.
 
     Q of the QR of an n × r Gaussian, with the sign of each column fixed by the
@@ -66,17 +87,27 @@ def orthonormal(site: AdapterSite, generator: torch.Generator) -> Tensor:
         >>> bool(torch.allclose(a @ a.T, torch.eye(3), atol=1e-6))
         True
     """
+    return _orthonormal(site.in_features, site.rank, generator).mT.contiguous()
+
+
+def orthonormal_columns(site: AdapterSite, generator: torch.Generator) -> Tensor:
+    """Return a basis with orthonormal columns, shape (m, r), float32, drawn likewise."""
+    return _orthonormal(site.out_features, site.rank, generator)
+
+
+def _orthonormal(size: int, rank: int, generator: torch.Generator) -> Tensor:
+    """Haar-distributed orthonormal columns, shape (size, rank), float32."""
     gaussian = torch.randn(
-        (site.in_features, site.rank),
-        generator=generator,
-        device=generator.device,
-        dtype=torch.float64,
+        (size, rank), generator=generator, device=generator.device, dtype=torch.float64
     )
     basis, triangle = torch.linalg.qr(gaussian)
     sign = torch.where(triangle.diagonal() < 0, -1.0, 1.0)
-    rows: Tensor = (basis * sign).mT.contiguous()
-    return rows.float()
+    columns: Tensor = basis * sign
+    return columns.float()
 
+
+kaiming = Subspace("kaiming", kaiming_rows, orthonormal_columns)
+orthonormal = Subspace("orthonormal", orthonormal_rows, orthonormal_columns)
 
 SUBSPACES: Mapping[str, Subspace] = {"kaiming": kaiming, "orthonormal": orthonormal}
-"""Every policy by its configuration name."""
+"""The policies that need nothing but a generator, by their configuration name."""

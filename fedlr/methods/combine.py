@@ -7,19 +7,62 @@ which FedSVD's and FFA-LoRA's aggregation is exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fedlr import checks
-from fedlr.methods.method import ClientUpdate, PartKey
+from fedlr.methods.method import ClientUpdate, PartKey, Parts
 
-Combiner = Callable[[Sequence[ClientUpdate], Sequence[float]], dict[PartKey, Tensor]]
-"""(updates, weights) → one array per part key, with the updates' shape and dtype.
+NO_REFERENCE: Parts = {}
+"""For combiners that look at the clients' arrays alone."""
 
-Pure, and invariant under a joint permutation of updates and weights.
-"""
+
+class Combiner(Protocol):
+    """How the clients' arrays become one.
+
+    Pure, and invariant under a joint permutation of updates and weights.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name in the configuration."""
+        ...
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is a weighted sum with weights known beforehand."""
+        ...
+
+    @property
+    def minimum(self) -> int:
+        """Fewest updates it is defined for, ≥ 1: below, its breakdown point is void."""
+        ...
+
+    def __call__(
+        self,
+        updates: Sequence[ClientUpdate],
+        weights: Sequence[float],
+        reference: Parts = NO_REFERENCE,
+    ) -> dict[PartKey, Tensor]:
+        """Combine the updates of one phase.
+
+        Args:
+            updates: K ≥ `minimum` updates with the same part keys, shapes and dtypes.
+            weights: K non-negative public weights, not all zero.
+            reference: What the clients started from, by the keys of the updates, where
+                the server holds it; a combiner of changes needs it.
+
+        Returns:
+            One new array per part key, with the updates' shape and dtype.
+
+        Raises:
+            ValueError: Fewer updates than `minimum`, or what `check_alike` refuses.
+        """
+        ...
 
 
 def normalised(weights: Sequence[float]) -> list[float]:
@@ -55,29 +98,16 @@ def normalised(weights: Sequence[float]) -> list[float]:
     return [weight / total for weight in scaled]
 
 
-def weighted_mean(
-    updates: Sequence[ClientUpdate], weights: Sequence[float]
-) -> dict[PartKey, Tensor]:
-    """Return Σ p_k x_k of every part, p_k the normalised weights.
-
-    Args:
-        updates: K ≥ 1 updates of distinct clients with the same part keys,
-            shapes and floating dtypes. Values are not inspected: NaN propagates.
-        weights: K weights as in `normalised`.
-
-    Returns:
-        One new array per part key, in the dtype and on the device of the inputs.
-
-    Raises:
-        ValueError: No update; weights that `normalised` refuses or that are not
-            K; a client that appears twice; part keys, a shape or a dtype that
-            differ between clients, or a dtype that is not floating.
+@dataclass(frozen=True)
+class WeightedMean:
+    """Σ p_k x_k of every part, p_k the normalised weights.
 
     Guarantees:
         Accumulated in float64 in the order of client identifiers, one rounded
         product and one rounded sum per client and element: the result is
         bit-identical under permutation of the clients and under any split of an
-        array into pieces. One client comes back bit-identical.
+        array into pieces. One client comes back bit-identical. Values are not
+        inspected: NaN propagates.
 
     Example:
         >>> from fedlr.methods.method import Role
@@ -90,15 +120,49 @@ def weighted_mean(
     Reference:
         FederatedAveraging, McMahan et al., arXiv 1602.05629, algorithm 1.
     """
+
+    name = "weighted_mean"
+    linear = True
+    minimum = 1
+
+    def __call__(
+        self,
+        updates: Sequence[ClientUpdate],
+        weights: Sequence[float],
+        reference: Parts = NO_REFERENCE,
+    ) -> dict[PartKey, Tensor]:
+        """Return the mean; ``reference`` is not looked at, see `Combiner.__call__`."""
+        ordered, shares = in_order(updates, weights)
+        return {
+            key: _mean([update.parts[key] for update in ordered], shares)
+            for key in ordered[0].parts
+        }
+
+
+weighted_mean = WeightedMean()
+"""The one instance: it has no settings."""
+
+
+def check_weights(updates: Sequence[ClientUpdate], weights: Sequence[float]) -> list[float]:
+    """Return `normalised` weights, one per update; ValueError where there are more or fewer."""
     if len(updates) != len(weights):
         raise ValueError(f"{len(updates)} updates but {len(weights)} weights; give one per update")
-    _check_alike(updates)
-    shares = normalised(weights)
+    return normalised(weights)
+
+
+def in_order(
+    updates: Sequence[ClientUpdate], weights: Sequence[float]
+) -> tuple[list[ClientUpdate], list[float]]:
+    """Return updates and their shares p_k in the order of client identifiers.
+
+    Raises:
+        ValueError: No update; weights that `normalised` refuses or that are not
+            K; and what `check_alike` refuses.
+    """
+    check_alike(updates)
+    shares = check_weights(updates, weights)
     order = sorted(range(len(updates)), key=lambda index: updates[index].client)
-    return {
-        key: _mean([updates[i].parts[key] for i in order], [shares[i] for i in order])
-        for key in updates[order[0]].parts
-    }
+    return [updates[index] for index in order], [shares[index] for index in order]
 
 
 def _mean(arrays: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
@@ -110,7 +174,7 @@ def _mean(arrays: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     return total.to(arrays[0].dtype)
 
 
-def _check_alike(updates: Sequence[ClientUpdate]) -> None:
+def check_alike(updates: Sequence[ClientUpdate]) -> None:
     """ValueError unless clients are distinct and their parts have one signature."""
     clients = [update.client for update in updates]
     repeated = sorted({client for client in clients if clients.count(client) > 1})

@@ -17,6 +17,7 @@ from fedlr.methods import shared
 from fedlr.methods.combine import Combiner, weighted_mean
 from fedlr.methods.method import (
     ClientUpdate,
+    Facts,
     GlobalState,
     Layout,
     PartKey,
@@ -41,6 +42,16 @@ class FedAvgLoRA:
     combine: Combiner = weighted_mean
 
     name = "fedavg_lora"
+    facts = Facts(
+        title="FedAvg-LoRA (FedIT)",
+        source="McMahan et al., arXiv 1602.05629; Zhang et al., arXiv 2305.05644",
+        trains=frozenset({Role.A, Role.B}),
+        exact=False,
+        limit="mean(B)·mean(A) is not mean(B·A)",
+        linear=True,
+        combiners=True,
+        mixed_ranks=True,
+    )
 
     def init(self, layout: Layout, generator: Generator) -> GlobalState:
         """Return B = 0 and A from the subspace policy."""
@@ -60,7 +71,7 @@ class FedAvgLoRA:
                 that the combiner refuses.
         """
         phase = shared.current_phase(self.plan(state), state)
-        mean = self.combine(shared.accepted(state, phase, updates), weights)
+        mean = shared.combined(state, phase, updates, weights, self.combine)
         return shared.next_round(state, mean)
 
     def broadcast(self, state: GlobalState, rank: int | None = None) -> dict[PartKey, Tensor]:

@@ -18,6 +18,7 @@ from fedlr.methods import shared
 from fedlr.methods.combine import Combiner, weighted_mean
 from fedlr.methods.method import (
     ClientUpdate,
+    Facts,
     GlobalState,
     Layout,
     PartKey,
@@ -47,6 +48,17 @@ class FedSVD:
     combine: Combiner = weighted_mean
 
     name = "fedsvd"
+    facts = Facts(
+        title="FedSVD",
+        source="Lee et al., arXiv 2505.12805",
+        trains=frozenset({Role.B}),
+        exact=True,
+        limit="row(A) never changes",
+        linear=True,
+        combiners=True,
+        refreshes=True,
+        mixed_ranks=True,
+    )
 
     def init(self, layout: Layout, generator: Generator) -> GlobalState:
         """Return B = 0 and A from the subspace policy."""
@@ -66,7 +78,7 @@ class FedSVD:
                 that the combiner refuses.
         """
         phase = shared.current_phase(self.plan(state), state)
-        mean = self.combine(shared.accepted(state, phase, updates), weights)
+        mean = shared.combined(state, phase, updates, weights, self.combine)
         parts: dict[PartKey, Tensor] = {**state.parts, **mean}
         for site, pair in refactorise_many(shared.factor_pairs(state.layout, parts)).items():
             parts[PartKey(site, Role.B)] = pair.b

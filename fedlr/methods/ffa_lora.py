@@ -16,6 +16,7 @@ from fedlr.methods import shared
 from fedlr.methods.combine import Combiner, weighted_mean
 from fedlr.methods.method import (
     ClientUpdate,
+    Facts,
     GlobalState,
     Layout,
     PartKey,
@@ -43,6 +44,17 @@ class FFALoRA:
     combine: Combiner = weighted_mean
 
     name = "ffa_lora"
+    facts = Facts(
+        title="FFA-LoRA",
+        source="Sun et al., arXiv 2403.12313",
+        trains=frozenset({Role.B}),
+        exact=True,
+        limit="A never changes",
+        linear=True,
+        combiners=True,
+        refreshes=True,
+        mixed_ranks=True,
+    )
 
     def init(self, layout: Layout, generator: Generator) -> GlobalState:
         """Return B = 0 and A from the subspace policy."""
@@ -62,7 +74,7 @@ class FFALoRA:
                 that the combiner refuses.
         """
         phase = shared.current_phase(self.plan(state), state)
-        mean = self.combine(shared.accepted(state, phase, updates), weights)
+        mean = shared.combined(state, phase, updates, weights, self.combine)
         return shared.next_round(state, mean)
 
     def broadcast(self, state: GlobalState, rank: int | None = None) -> dict[PartKey, Tensor]:

@@ -17,6 +17,7 @@ from fedlr.methods import shared
 from fedlr.methods.combine import Combiner, weighted_mean
 from fedlr.methods.method import (
     ClientUpdate,
+    Facts,
     GlobalState,
     Layout,
     PartKey,
@@ -41,6 +42,16 @@ class HeadOnly:
     combine: Combiner = weighted_mean
 
     name = "head_only"
+    facts = Facts(
+        title="Head only",
+        source="McMahan et al., arXiv 1602.05629",
+        trains=frozenset(),
+        exact=True,
+        limit="the adapter stays zero: the baseline of every other method",
+        linear=True,
+        combiners=True,
+        mixed_ranks=True,
+    )
 
     def init(self, layout: Layout, generator: Generator) -> GlobalState:
         """Return B = 0, A from the subspace policy and the initial head.
@@ -66,7 +77,7 @@ class HeadOnly:
                 that the combiner refuses.
         """
         phase = shared.current_phase(self.plan(state), state)
-        mean = self.combine(shared.accepted(state, phase, updates), weights)
+        mean = shared.combined(state, phase, updates, weights, self.combine)
         return shared.next_round(state, mean)
 
     def broadcast(self, state: GlobalState, rank: int | None = None) -> dict[PartKey, Tensor]:

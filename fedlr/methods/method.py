@@ -29,7 +29,7 @@ class Role(StrEnum):
     B = "b"
     """Up-projection, shape (m, r)."""
     CORE = "core"
-    """Square core or sketch, shape (r, r) or (r, n)."""
+    """Square core R of s·B·R·A, shape (r, r); in a projecting phase rotationᵀ·B."""
     RESIDUAL_A = "residual_a"
     """Right factor of a residual folded into the base, shape (R, n)."""
     RESIDUAL_B = "residual_b"
@@ -38,10 +38,15 @@ class Role(StrEnum):
     """Orthonormal basis a later phase projects on, shape (m, r) or (r, r)."""
     HEAD = "head"
     """A trained parameter of the classification head, any shape."""
+    SEED = "seed"
+    """Public seed of a method's later draws, shape (1,), int64; kept in memory, never sent."""
 
 
-MODEL_ROLES = frozenset({Role.A, Role.B, Role.HEAD})
-"""Roles whose arrays are parameters of the adapted model itself."""
+MODEL_ROLES = frozenset({Role.A, Role.B, Role.CORE, Role.HEAD})
+"""Roles whose arrays are parameters of the adapted model itself: what can train."""
+
+RESIDUAL_ROLES = frozenset({Role.RESIDUAL_A, Role.RESIDUAL_B})
+"""Roles whose product is added to a frozen base weight."""
 
 
 class PartKey(NamedTuple):
@@ -129,6 +134,8 @@ class GlobalState:
         round: Number of finished rounds, ≥ 0.
         phase: Index of the next phase inside the round.
         memory: Arrays the method keeps for itself and never sends.
+        ranks: Largest rank of a client by its identifier, where the method itself has
+            lowered it (HetLoRA's self-pruning); ≥ 1. The others have that of their site.
     """
 
     layout: Layout
@@ -136,10 +143,43 @@ class GlobalState:
     round: int = 0
     phase: int = 0
     memory: Parts = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         checks.at_least("round", self.round, 0)
         checks.at_least("phase", self.phase, 0)
+        for client, rank in self.ranks.items():
+            checks.at_least(f"ranks[{client!r}]", rank, 1)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a user chooses a method by; tables of methods are made of nothing else.
+
+    Attributes:
+        title: Name in the literature.
+        source: Authors and arXiv number.
+        trains: Roles that some round trains, the head aside.
+        exact: Whether the aggregate is the weighted mean of the clients' models.
+        limit: What it is not exact in, or what it costs; one short phrase.
+        linear: Whether the server needs only a weighted sum of what clients send: fit
+            for secure aggregation.
+        combiners: Whether another combiner than the weighted mean composes with it.
+        refreshes: Whether its subspace can be moved by `fedlr.methods.refresh`.
+        mixed_ranks: Whether a client may train the leading columns alone.
+        folds: Whether it adds a residual to the base weights.
+    """
+
+    title: str
+    source: str
+    trains: frozenset[Role]
+    exact: bool
+    limit: str
+    linear: bool = False
+    combiners: bool = False
+    refreshes: bool = False
+    mixed_ranks: bool = False
+    folds: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,6 +205,7 @@ class Method(Protocol):
     """A federated low-rank method; laws in the package README and its contract tests."""
 
     name: str
+    facts: Facts
 
     def init(self, layout: Layout, generator: Generator) -> GlobalState:
         """Return the state before round 0; every random draw comes from ``generator``."""

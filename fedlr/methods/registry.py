@@ -1,8 +1,10 @@
-"""The only list of methods: configuration name → builder."""
+"""The only list of methods: configuration name → class."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Protocol
 
 from fedlr.errors import ConfigError
 from fedlr.lowrank.subspace import Subspace
@@ -11,10 +13,18 @@ from fedlr.methods.fedavg_lora import FedAvgLoRA
 from fedlr.methods.fedsvd import FedSVD
 from fedlr.methods.ffa_lora import FFALoRA
 from fedlr.methods.head_only import HeadOnly
-from fedlr.methods.method import Method
+from fedlr.methods.method import Facts, Method
 
-Builder = Callable[[Subspace, Combiner], Method]
-"""(subspace, combine) → method."""
+
+class Builder(Protocol):
+    """The class of a method."""
+
+    facts: Facts
+
+    def __call__(self, subspace: Subspace, combine: Combiner = ...) -> Method:
+        """Return the method with the settings that are its own at their defaults."""
+        ...
+
 
 METHODS: Mapping[str, Builder] = {
     "fedsvd": FedSVD,
@@ -25,23 +35,77 @@ METHODS: Mapping[str, Builder] = {
 """Every method by its configuration name."""
 
 
-def build(name: str, subspace: Subspace, combine: Combiner = weighted_mean) -> Method:
+@dataclass(frozen=True)
+class Options:
+    """Settings that only some methods have, as fields of the same name.
+
+    Attributes:
+        downlink: ``rotation`` sends B and an r × r rotation in the place of A, which goes
+            down once (`fedlr.methods.fedsvd`).
+        norm_weighting: Weigh clients by the norm of what they send (`fedlr.methods.hetlora`).
+        pruning: γ in (0, 1), share of its rank that a client keeps where the rest of its
+            update shrinks; None prunes nobody (`fedlr.methods.hetlora`).
+    """
+
+    downlink: Literal["full", "rotation"] = "full"
+    norm_weighting: bool = True
+    pruning: float | None = None
+
+
+DEFAULTS = Options()
+
+
+def build(
+    name: str,
+    subspace: Subspace,
+    combine: Combiner = weighted_mean,
+    options: Options = DEFAULTS,
+) -> Method:
     """Return the method called ``name``.
 
     Args:
         name: A key of `METHODS`.
         subspace: Where the first A comes from.
         combine: How the clients' arrays become one.
+        options: What only some methods have.
 
     Raises:
-        ConfigError: ``name`` is unknown; the message lists the known ones.
+        ConfigError: ``name`` is unknown, ``combine`` does not compose with it, or it has
+            not a setting that is not at its default; the message lists what there is.
 
     Example:
         >>> from fedlr.lowrank.subspace import orthonormal
         >>> build("fedsvd", orthonormal).name
         'fedsvd'
     """
+    if problems := problems_of(name, combine.name, options):
+        raise ConfigError(problems)
+    method: Any = METHODS[name](subspace, combine)
+    own = {field.name for field in fields(method)}
+    chosen = {f.name: getattr(options, f.name) for f in fields(options) if f.name in own}
+    built: Method = replace(method, **chosen)
+    return built
+
+
+def problems_of(name: str, combine: str, options: Options = DEFAULTS) -> list[str]:
+    """Return what is wrong with a choice of method, combiner and options; one sentence each."""
     if name not in METHODS:
         known = ", ".join(sorted(METHODS))
-        raise ConfigError([f"method = {name!r} is unknown; choose one of {known}."])
-    return METHODS[name](subspace, combine)
+        return [f"method.name = {name!r} is unknown; choose one of {known}"]
+    problems = []
+    facts, kind = METHODS[name].facts, METHODS[name]
+    if combine != weighted_mean.name and not facts.combiners:
+        able = ", ".join(key for key, value in METHODS.items() if value.facts.combiners)
+        problems.append(
+            f"combine.kind = {combine} but method.name = {name} needs the weighted mean; set "
+            f"combine=weighted_mean, or one of {able}"
+        )
+    own = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name not in own and value != field.default:
+            problems.append(
+                f"method.{field.name} = {value} but method.name = {name} has no such setting; "
+                f"leave it at {field.default}"
+            )
+    return problems

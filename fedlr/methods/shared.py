@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from fedlr import checks
 from fedlr.lowrank.factors import Factors
 from fedlr.lowrank.subspace import Subspace
+from fedlr.methods.combine import Combiner, check_weights
 from fedlr.methods.method import (
     ClientUpdate,
     GlobalState,
@@ -112,19 +113,13 @@ def broadcast(state: GlobalState, phase: Phase, rank: int | None = None) -> dict
 def accepted(
     state: GlobalState, phase: Phase, updates: Sequence[ClientUpdate]
 ) -> list[ClientUpdate]:
-    """Check updates against ``phase`` and complete those of truncated rank.
-
-    A client that received the leading k columns of B (rows of A) trained only
-    those; the others keep the server's value, so an untouched broadcast leaves
-    the model as it is and the mean stays linear in what was trained.
+    """Check updates against ``phase`` and return them as they were sent.
 
     Args:
         state: The state whose broadcast the clients trained from.
         phase: Its ``send`` fixes the part keys, exactly.
-        updates: Any number of updates.
-
-    Returns:
-        Updates whose A and B have the full rank of their site, in input order.
+        updates: Any number of updates; A and B may have the leading rank that their
+            client was sent.
 
     Raises:
         ValueError: Missing or unexpected part keys; a dtype or a shape that
@@ -141,16 +136,127 @@ def accepted(
                 f"missing {missing}, unexpected {unexpected}"
             )
         _check_ranks(update)
-    return [
-        replace(
-            update,
-            parts={
-                key: _completed(f"{update.client}: {key}", key.role, array, state.parts.get(key))
-                for key, array in update.parts.items()
-            },
-        )
+        for key, array in update.parts.items():
+            if (reference := state.parts.get(key)) is not None:
+                _check_fits(f"{update.client}: {key}", key.role, array, reference)
+    return list(updates)
+
+
+def combined(
+    state: GlobalState,
+    phase: Phase,
+    updates: Sequence[ClientUpdate],
+    weights: Sequence[float],
+    combine: Combiner,
+) -> dict[PartKey, Tensor]:
+    """Combine what was sent, each column of B (row of A) over the clients that trained it.
+
+    Where all clients have the full rank this is ``combine``. Otherwise the columns fall
+    into blocks that the same clients trained, and each block is combined alone. Columns
+    that nobody trained, or fewer clients than ``combine.minimum``, or only clients of
+    weight zero, keep the server's value.
+
+    Args:
+        state: The state whose broadcast the clients trained from.
+        phase: Its ``send`` fixes the part keys, exactly.
+        updates: K ≥ ``combine.minimum`` updates.
+        weights: K non-negative public weights, not all zero.
+        combine: How arrays become one.
+
+    Returns:
+        Every part of ``phase.send`` with the full rank of its site.
+
+    Raises:
+        ValueError: As `accepted`, and everything that ``combine`` refuses.
+
+    Guarantees:
+        Linear in what was trained where ``combine`` is. An untouched broadcast of any
+        rank leaves the model as it is.
+    """
+    sent = accepted(state, phase, updates)
+    reference = {key: value for key, value in state.parts.items() if key.role in phase.send}
+    cuts = sorted({rank for update in sent for rank in _ranks(update)})
+    if not sent or not _differ(sent):
+        before = {k: _leading(v, sent[0].parts[k], k) for k, v in reference.items() if sent}
+        whole = combine(sent, weights, before)
+        return {key: _completed(value, key, state) for key, value in whole.items()}
+    check_weights(updates, weights)
+    pieces: dict[PartKey, list[Tensor]] = {}
+    for low, high in zip([0, *cuts], cuts, strict=False):
+        for key, piece in _block(sent, weights, reference, combine, (low, high)).items():
+            pieces.setdefault(key, []).append(piece)
+    joined = {
+        key: torch.cat(found, dim=_RANK_AXIS[key.role]) if len(found) > 1 else found[0]
+        for key, found in pieces.items()
+    }
+    return {key: _completed(joined[key], key, state) for key in sent[0].parts}
+
+
+def _block(
+    sent: Sequence[ClientUpdate],
+    weights: Sequence[float],
+    reference: Parts,
+    combine: Combiner,
+    columns: tuple[int, int],
+) -> dict[PartKey, Tensor]:
+    """Columns [low, high) of every part that has some; parts without rank with the first block."""
+    low, high = columns
+    trainers: dict[PartKey, tuple[int, ...]] = {}
+    for key in sent[0].parts:
+        axis = _RANK_AXIS.get(key.role)
+        if axis is None:
+            who = tuple(range(len(sent))) if low == 0 else ()
+        else:
+            who = tuple(i for i, update in enumerate(sent) if update.parts[key].shape[axis] > low)
+        if who:
+            trainers[key] = who
+    found: dict[PartKey, Tensor] = {}
+    for who in dict.fromkeys(trainers.values()):
+        keys = [key for key, mine in trainers.items() if mine == who]
+        pieces = [
+            replace(sent[i], parts={k: _cut(sent[i].parts[k], k, low, high) for k in keys})
+            for i in who
+        ]
+        before = {key: _cut(reference[key], key, low, high) for key in keys if key in reference}
+        shares = [weights[i] for i in who]
+        few = len(who) < max(1, combine.minimum) or not any(shares)
+        if low > 0 and few:
+            found.update(before)
+        else:
+            found.update(combine(pieces, shares, before))
+    return found
+
+
+def _differ(updates: Sequence[ClientUpdate]) -> bool:
+    """Whether some array of A or B has another rank than that of the first client."""
+    return any(
+        array.shape != updates[0].parts[key].shape
         for update in updates
-    ]
+        for key, array in update.parts.items()
+        if key.role in _RANK_AXIS
+    )
+
+
+def _ranks(update: ClientUpdate) -> set[int]:
+    """The ranks of an update's A's and B's."""
+    return {
+        array.shape[_RANK_AXIS[key.role]]
+        for key, array in update.parts.items()
+        if key.role in _RANK_AXIS
+    }
+
+
+def _leading(array: Tensor, like: Tensor, key: PartKey) -> Tensor:
+    """``array`` with as many columns of B (rows of A) as ``like``."""
+    axis = _RANK_AXIS.get(key.role)
+    return array if axis is None else _cut(array, key, 0, like.shape[axis])
+
+
+def _cut(array: Tensor, key: PartKey, low: int, high: int) -> Tensor:
+    axis = _RANK_AXIS.get(key.role)
+    if axis is None:
+        return array
+    return array.narrow(axis, low, min(high, array.shape[axis]) - low)
 
 
 def next_round(state: GlobalState, parts: Parts) -> GlobalState:
@@ -181,17 +287,20 @@ def _check_ranks(update: ClientUpdate) -> None:
             )
 
 
-def _completed(name: str, role: Role, array: Tensor, reference: Tensor | None) -> Tensor:
-    """``array`` with the trailing rank of ``reference``, which None leaves unchecked."""
-    if reference is None:
-        return array
+def _check_fits(name: str, role: Role, array: Tensor, reference: Tensor) -> None:
+    """ValueError where ``array`` differs from ``reference`` other than by a smaller rank."""
     if array.dtype != reference.dtype:
         raise ValueError(f"{name} has dtype {array.dtype}, expected {reference.dtype}")
     axis = _RANK_AXIS.get(role)
-    if axis is None or array.ndim != 2 or not 1 <= array.shape[axis] < reference.shape[axis]:
-        checks.same_shape(name, array.shape, reference.shape)
+    if axis is not None and array.ndim == 2 and 1 <= array.shape[axis] < reference.shape[axis]:
+        reference = reference.narrow(axis, 0, array.shape[axis])
+    checks.same_shape(name, array.shape, reference.shape)
+
+
+def _completed(array: Tensor, key: PartKey, state: GlobalState) -> Tensor:
+    """``array`` with the server's own trailing columns of B (rows of A)."""
+    axis, own = _RANK_AXIS.get(key.role), state.parts.get(key)
+    if axis is None or own is None or array.shape[axis] == own.shape[axis]:
         return array
     rank = array.shape[axis]
-    rest = reference.narrow(axis, rank, reference.shape[axis] - rank)
-    checks.same_shape(name, array.shape, reference.narrow(axis, 0, rank).shape)
-    return torch.cat([array, rest], dim=axis)
+    return torch.cat([array, own.narrow(axis, rank, own.shape[axis] - rank)], dim=axis)

@@ -13,14 +13,17 @@ BASE = ("fedlr", "fedlr.errors", "fedlr.checks")
 RECORDS = ("fedlr.report.records", "fedlr.report.lines", "fedlr.report.strict_json")
 SHOWING = ("fedlr.report",)
 FOUNDATION = (*BASE, "fedlr.lowrank", "fedlr.kernels", *RECORDS)
-SHARED = (*FOUNDATION, "fedlr.methods.method")
+SHARED = (*FOUNDATION, "fedlr.methods.method", "fedlr.methods.effective")
 DOMAIN = (*FOUNDATION, "fedlr.methods", "fedlr.adapters", "fedlr.privacy", "fedlr.data")
 WORK = (*DOMAIN, "fedlr.training", "fedlr.audit")
-BUILT = (*WORK, "fedlr.config", "fedlr.planning", "fedlr.reuse", "fedlr.build", *SHOWING)
+BUILT = (
+    *(*WORK, "fedlr.config", "fedlr.planning", "fedlr.reuse", "fedlr.method_choice"),
+    *("fedlr.build", *SHOWING),
+)
 
 COMPOSITION = (
     *("fedlr.config", "fedlr.planning", "fedlr.forecast"),
-    *("fedlr.reuse", "fedlr.build", "fedlr.restore", "fedlr.orders"),
+    *("fedlr.reuse", "fedlr.method_choice", "fedlr.build", "fedlr.restore", "fedlr.orders"),
 )
 
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
@@ -42,6 +45,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "fedlr.planning": (*WORK, "fedlr.config"),
     "fedlr.forecast": (*WORK, "fedlr.config", "fedlr.planning", "fedlr.report.plan"),
     "fedlr.reuse": (*WORK, "fedlr.config"),
+    "fedlr.method_choice": (*WORK, "fedlr.config", "fedlr.planning", "fedlr.reuse"),
     "fedlr.build": BUILT,
     "fedlr.restore": BUILT,
     "fedlr.doctor": (*BUILT, "fedlr.restore"),
@@ -68,7 +72,7 @@ OWN = ("fedlr", "server", "client")
 MATHEMATICS = (
     *("fedlr.lowrank", "fedlr.kernels", "fedlr.methods", "fedlr.adapters", "fedlr.privacy"),
     *("fedlr.data", "fedlr.training", "fedlr.audit", "fedlr.planning", "fedlr.build"),
-    *("fedlr.reuse", "fedlr.restore", "fedlr.doctor", "server", "client"),
+    *("fedlr.reuse", "fedlr.method_choice", "fedlr.restore", "fedlr.doctor", "server", "client"),
 )
 
 HOMES: Mapping[str, tuple[str, ...]] = {

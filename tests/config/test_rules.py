@@ -59,12 +59,14 @@ LOWEST: dict[str, int] = {
     "kernels.threads": 1,
     "kernels.tokens_per_batch": 1,
     "kernels.fused_clients": 1,
+    "subspace.refresh_every": 1,
+    "combine.malicious": 1,
 }
 
 POSITIVE = (
     *("model.head.label_scale", "adapter.alpha", "privacy.epsilon", "privacy.clip_norm"),
     *("optimizer.learning_rate", "model.head.feature_scale", "partition.alpha"),
-    *("method.update_norm_bound", "optimizer.head_learning_rate"),
+    *("method.update_norm_bound", "optimizer.head_learning_rate", "combine.bound"),
     *("federation.start_timeout_s", "federation.round_timeout_s"),
 )
 
@@ -75,6 +77,8 @@ WITHIN: dict[str, tuple[float, float]] = {
     "data.validation_fraction": (0.01, 0.9),
     "privacy.delta": (1e-15, 0.5),
     "privacy.head_share": (0.001, 0.999),
+    "method.pruning": (0.01, 0.99),
+    "combine.consensus": (0.0, 1.0),
 }
 
 RANGES = [
@@ -123,6 +127,10 @@ def test_every_field_with_a_range_is_in_the_tables(monkeypatch: pytest.MonkeyPat
             return lambda name, *_: seen.append(name)
 
     optional = [
+        ("method.pruning", 0.5),
+        ("combine.malicious", 1),
+        ("combine.bound", 1.0),
+        ("combine.consensus", 0.5),
         *(("model.head.feature_scale", 1.0), ("partition.alpha", 1.0)),
         *(("method.update_norm_bound", 1.0), ("privacy.delta", 0.1), ("privacy.head_share", 0.5)),
         *(("privacy.max_joins", 1), ("optimizer.head_learning_rate", 1.0)),

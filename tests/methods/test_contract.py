@@ -282,14 +282,14 @@ class TestTruncatedClients:
         new = method.aggregate(state, [ClientUpdate("weak", parts, 1)], [1])
         assert_same_weights(effective(LAYOUT, new.parts), effective(LAYOUT, state.parts))
 
-    def test_it_mixes_with_a_client_of_full_rank(self, name: str) -> None:
+    def test_a_column_is_averaged_over_the_clients_that_trained_it(self, name: str) -> None:
         method = build(name)
         state = started(method)
         weak, strong = clients(2)
         phase = method.plan(state).phases[0]
         small = weak.answer(LAYOUT, phase, method.broadcast(state, rank=2), {})
         full = strong.answer(LAYOUT, phase, method.broadcast(state), {})
-        completed = copies(state.parts)
+        completed = copies(full.parts)
         for key, value in small.parts.items():
             index = {Role.B: (slice(None), slice(0, 2)), Role.A: (slice(0, 2),)}.get(key.role, ())
             completed[key][index] = value

@@ -13,6 +13,7 @@ from fedlr.methods import shared
 from fedlr.methods.combine import Combiner, weighted_mean
 from fedlr.methods.method import (
     ClientUpdate,
+    Facts,
     GlobalState,
     Layout,
     PartKey,
@@ -34,6 +35,7 @@ class TwoPhase:
     combine: Combiner = weighted_mean
 
     name = "toy_two_phase"
+    facts = Facts("toy", "none", frozenset({Role.B}), exact=True, limit="none")
 
     def init(self, layout: Layout, generator: Generator) -> GlobalState:
         return shared.initial_state(layout, self.subspace, generator)
@@ -49,7 +51,7 @@ class TwoPhase:
         self, state: GlobalState, updates: Sequence[ClientUpdate], weights: Sequence[float]
     ) -> GlobalState:
         phase = shared.current_phase(self.plan(state), state)
-        mean = self.combine(shared.accepted(state, phase, updates), weights)
+        mean = shared.combined(state, phase, updates, weights, self.combine)
         if state.phase == 0:
             head = {key: value for key, value in mean.items() if key.role is Role.HEAD}
             rotation = {
@@ -78,6 +80,7 @@ class Folding:
     combine: Combiner = weighted_mean
 
     name = "toy_folding"
+    facts = Facts("toy", "none", frozenset({Role.B}), exact=True, limit="none", folds=True)
 
     def init(self, layout: Layout, generator: Generator) -> GlobalState:
         state = shared.initial_state(layout, self.subspace, generator)
@@ -96,7 +99,7 @@ class Folding:
         self, state: GlobalState, updates: Sequence[ClientUpdate], weights: Sequence[float]
     ) -> GlobalState:
         phase = shared.current_phase(self.plan(state), state)
-        parts = {**state.parts, **self.combine(shared.accepted(state, phase, updates), weights)}
+        parts = {**state.parts, **shared.combined(state, phase, updates, weights, self.combine)}
         generator = torch.Generator().manual_seed(state.round + 1)
         for site in state.layout.sites:
             keys = {role: PartKey(site.name, role) for role in Role}

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from fedlr.lowrank.factors import AdapterSite, Factors
+from fedlr.methods.effective import update_of
 from fedlr.methods.method import GlobalState, PartKey, Role
 from fedlr.report.lines import read_lines
 from fedlr.report.spectra import SPECTRA_FILE, SpectrumRecord
 from server import spectra
 from server.hooks import Hooks
-from server.spectra import SpectrumRecorder, intruders_of, spectrum_of, update_of
+from server.spectra import SpectrumRecorder, intruders_of, spectrum_of
 from server.strategy import FederatedStrategy
 from tests.server.toys import (
     LAYOUT,
