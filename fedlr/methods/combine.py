@@ -1,7 +1,8 @@
-"""Combiners: many clients' arrays become one array per part.
+"""What a combiner is, and the weighted mean: many clients' arrays become one per part.
 
 The weighted mean is the combiner that secure aggregation supports and under
-which FedSVD's and FFA-LoRA's aggregation is exact.
+which FedSVD's and FFA-LoRA's aggregation is exact. The list of all combiners is
+`fedlr.methods.combiners`.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class WeightedMean:
         """Return the mean; ``reference`` is not looked at, see `Combiner.__call__`."""
         ordered, shares = in_order(updates, weights)
         return {
-            key: _mean([update.parts[key] for update in ordered], shares)
+            key: mean_of([update.parts[key] for update in ordered], shares)
             for key in ordered[0].parts
         }
 
@@ -165,8 +166,16 @@ def in_order(
     return [updates[index] for index in order], [shares[index] for index in order]
 
 
-def _mean(arrays: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """Σ p_k x_k in float64, in the given order, rounded to the input's dtype."""
+def mean_of(arrays: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """Return Σ p_k x_k, summed in float64 in the given order, in the dtype of the arrays.
+
+    Args:
+        arrays: K ≥ 1 arrays of one shape and floating dtype.
+        shares: K numbers p_k.
+
+    Returns:
+        A new array of that shape and dtype.
+    """
     total = torch.zeros_like(arrays[0], dtype=torch.float64)
     for array, share in zip(arrays, shares, strict=True):
         # A fused multiply-add may round vector bodies and tails differently.

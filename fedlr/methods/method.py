@@ -35,7 +35,8 @@ class Role(StrEnum):
     RESIDUAL_B = "residual_b"
     """Left factor of that residual, shape (m, R); effective weight W + R_b·R_a + s·B·A."""
     ROTATION = "rotation"
-    """Orthonormal basis a later phase projects on, shape (m, r) or (r, r)."""
+    """Orthonormal basis a later phase projects on, shape (m, r) or (r, r); or, beside no A, the
+    Q of A = Q·A₀, shape (k, r) (`fedlr.methods.downlink`)."""
     HEAD = "head"
     """A trained parameter of the classification head, any shape."""
     SEED = "seed"
@@ -133,7 +134,7 @@ class GlobalState:
             trained head, and a residual where the method folds one.
         round: Number of finished rounds, ≥ 0.
         phase: Index of the next phase inside the round.
-        memory: Arrays the method keeps for itself and never sends.
+        memory: Arrays the method keeps for itself: no broadcast has them.
         ranks: Largest rank of a client by its identifier, where the method itself has
             lowered it (HetLoRA's self-pruning); ≥ 1. The others have that of their site.
     """
@@ -204,8 +205,15 @@ class ClientUpdate:
 class Method(Protocol):
     """A federated low-rank method; laws in the package README and its contract tests."""
 
-    name: str
-    facts: Facts
+    @property
+    def name(self) -> str:
+        """Name in the configuration."""
+        ...
+
+    @property
+    def facts(self) -> Facts:
+        """What a user chooses it by."""
+        ...
 
     def init(self, layout: Layout, generator: Generator) -> GlobalState:
         """Return the state before round 0; every random draw comes from ``generator``."""

@@ -9,11 +9,18 @@ from typing import Any, Literal, Protocol
 from fedlr.errors import ConfigError
 from fedlr.lowrank.subspace import Subspace
 from fedlr.methods.combine import Combiner, weighted_mean
+from fedlr.methods.fed_sb import FedSB
+from fedlr.methods.fedask import FedASK
 from fedlr.methods.fedavg_lora import FedAvgLoRA
+from fedlr.methods.fedex_lora import FedExLoRA
 from fedlr.methods.fedsvd import FedSVD
 from fedlr.methods.ffa_lora import FFALoRA
+from fedlr.methods.flexlora import FlexLoRA
+from fedlr.methods.flora import FLoRA
 from fedlr.methods.head_only import HeadOnly
+from fedlr.methods.hetlora import HetLoRA
 from fedlr.methods.method import Facts, Method
+from fedlr.methods.rolora import RoLoRA
 
 
 class Builder(Protocol):
@@ -29,7 +36,14 @@ class Builder(Protocol):
 METHODS: Mapping[str, Builder] = {
     "fedsvd": FedSVD,
     "ffa_lora": FFALoRA,
+    "fedask": FedASK,
+    "fed_sb": FedSB,
+    "rolora": RoLoRA,
     "fedavg_lora": FedAvgLoRA,
+    "fedex_lora": FedExLoRA,
+    "flora": FLoRA,
+    "flexlora": FlexLoRA,
+    "hetlora": HetLoRA,
     "head_only": HeadOnly,
 }
 """Every method by its configuration name."""

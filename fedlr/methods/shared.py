@@ -110,6 +110,25 @@ def broadcast(state: GlobalState, phase: Phase, rank: int | None = None) -> dict
     return down
 
 
+def whole_broadcast(
+    state: GlobalState, phase: Phase, rank: int | None = None
+) -> dict[PartKey, Tensor]:
+    """Return `broadcast` for a method whose clients train every column.
+
+    Raises:
+        ValueError: ``rank`` is out of range, or below the rank of some site.
+    """
+    if rank is not None:
+        broadcast(state, phase, rank)
+        largest = max((site.rank for site in state.layout.sites), default=1)
+        if rank < largest:
+            raise ValueError(
+                f"rank = {rank} must be None or {largest}: this method needs every column of "
+                "every client; choose one with mixed ranks for weak clients"
+            )
+    return broadcast(state, phase)
+
+
 def accepted(
     state: GlobalState, phase: Phase, updates: Sequence[ClientUpdate]
 ) -> list[ClientUpdate]:
@@ -192,6 +211,24 @@ def combined(
     return {key: _completed(joined[key], key, state) for key in sent[0].parts}
 
 
+def check_whole(state: GlobalState, updates: Sequence[ClientUpdate]) -> None:
+    """Check that every A and B sent has the rank of its site, for methods without mixed ranks.
+
+    Raises:
+        ValueError: One has another rank; the message names client and part.
+    """
+    for update in updates:
+        for key, array in update.parts.items():
+            axis, own = _RANK_AXIS.get(key.role), state.parts.get(key)
+            if axis is None or own is None or array.ndim != own.ndim:
+                continue
+            if array.shape[axis] != own.shape[axis]:
+                raise ValueError(
+                    f"{update.client}: {key} has rank {array.shape[axis]}, but this method needs "
+                    f"rank {own.shape[axis]} of every client; choose one with mixed ranks"
+                )
+
+
 def _block(
     sent: Sequence[ClientUpdate],
     weights: Sequence[float],
@@ -219,7 +256,7 @@ def _block(
         ]
         before = {key: _cut(reference[key], key, low, high) for key in keys if key in reference}
         shares = [weights[i] for i in who]
-        few = len(who) < max(1, combine.minimum) or not any(shares)
+        few = sum(share > 0 for share in shares) < max(1, combine.minimum)
         if low > 0 and few:
             found.update(before)
         else:

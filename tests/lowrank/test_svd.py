@@ -8,8 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlr.lowrank.factors import Factors
-from fedlr.lowrank.svd import refactorise, refactorise_many, singular_values, tail_energy
+from fedlr.lowrank import svd
+from fedlr.lowrank.factors import Factors, stack
+from fedlr.lowrank.svd import (
+    best_of_rank,
+    best_of_rank_many,
+    narrow,
+    refactorise,
+    refactorise_many,
+    singular_values,
+    tail_energy,
+)
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
@@ -240,3 +249,75 @@ def test_tail_energy_edges() -> None:
     for rank in (-1, 5):
         with pytest.raises(ValueError, match=rf"rank = {rank} must be in \[0, 4\]"):
             tail_energy(factors, rank)
+
+
+@settings(deadline=None, max_examples=40)
+@given(m=st.integers(1, 6), n=st.integers(1, 6), k=st.integers(0, 14), seed=st.integers(0, 10**6))
+def test_narrow_keeps_the_product_within_full_rank(m: int, n: int, k: int, seed: int) -> None:
+    factors = random_pair(m, n, k, seed=seed)
+    found = narrow(factors)
+    assert found.rank == min(k, m, n)
+    assert (found is factors) is (k <= min(m, n))
+    torch.testing.assert_close(found.product(), factors.product())
+
+
+@pytest.mark.parametrize(("m", "n"), [(5, 3), (3, 5), (4, 4)])
+def test_adding_to_a_narrowed_pair_rounds_nothing_that_is_there(m: int, n: int) -> None:
+    # (B·A, I) with zeros stacked on: entry times one plus zeros, bit for bit.
+    full = narrow(random_pair(m, n, 9, dtype=torch.float32, scaling=1.0))
+    more = Factors(b=torch.zeros(m, 2), a=torch.ones(2, n))
+    assert torch.equal(narrow(stack([full, more])).product(), full.product())
+
+
+@settings(deadline=None, max_examples=40)
+@given(shape=shapes, count=st.integers(1, 4), seed=st.integers(0, 10**6), data=st.data())
+def test_best_of_rank_has_the_error_of_eckart_and_young(
+    shape: tuple[int, int, int], count: int, seed: int, data: st.DataObject
+) -> None:
+    m, n, r = shape
+    stacked = stack([random_pair(m, n, r, seed=seed + index) for index in range(count)])
+    rank = data.draw(st.integers(1, min(m, n, stacked.rank)))
+    found = best_of_rank(stacked, rank)
+    assert (found.b.shape, found.a.shape) == ((m, rank), (rank, n))
+    sigma = torch.linalg.svdvals(stacked.product())
+    error = (found.product() - stacked.product()).square().sum()
+    torch.testing.assert_close(error, sigma[rank:].square().sum(), atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(gram(found.a), torch.eye(rank, dtype=torch.float64))
+
+
+def test_best_of_rank_is_computed_in_double_and_rounded_once() -> None:
+    # 2⁻¹² squared is lost beside 1 in float32; a Gram matrix of float32 would show it.
+    b = torch.tensor([[1.0, 0.0], [2.0**-12, 2.0**-24]])
+    found = best_of_rank(Factors(b=b, a=torch.eye(2)), 2)
+    assert found.b.dtype == torch.float32
+    exact = torch.linalg.svdvals(b.double())
+    torch.testing.assert_close(found.b.double().norm(dim=0), exact, atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_best_of_rank_refuses_a_rank_that_is_not_there(rank: int) -> None:
+    with pytest.raises(ValueError, match=rf"rank = {rank} must be in \[1, 3\]"):
+        best_of_rank(random_pair(6, 5, 3), rank)
+
+
+def test_best_of_many_equals_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = {
+        "q": random_pair(6, 5, 3, seed=0, scaling=2.0),
+        "up": random_pair(9, 5, 7, seed=1),
+        "v": random_pair(6, 5, 3, seed=2, scaling=0.25),
+        "k": random_pair(6, 5, 3, seed=3),
+    }
+    ranks = {"q": 2, "up": 4, "v": 2, "k": 3}
+    monkeypatch.setattr(svd, "_BATCH", 1)
+    apart = best_of_rank_many(pairs, ranks)
+    monkeypatch.undo()
+    many = best_of_rank_many(pairs, ranks)
+    assert list(many) == list(apart) == list(pairs)
+    for name, factors in pairs.items():
+        single = best_of_rank(factors, ranks[name])
+        for found in (many[name], apart[name]):
+            assert (found.scaling, found.rank) == (factors.scaling, ranks[name])
+            torch.testing.assert_close(found.a, single.a)
+            torch.testing.assert_close(found.b, single.b)
+    with pytest.raises(ValueError, match=r"sites q, v: rank = 9"):
+        best_of_rank_many(pairs, {**ranks, "q": 9, "v": 9})

@@ -86,15 +86,34 @@ def run_round(
     return state, released
 
 
+def mean_of_models(
+    state: GlobalState, released: dict[str, Parts], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """Σ p_k of what each client's model was after its training, heads included."""
+    mean: dict[str, Tensor] = {}
+    for parts, weight in zip(released.values(), weights, strict=True):
+        for key, value in effective(state.layout, {**state.parts, **parts}).items():
+            mean[key] = mean.get(key, torch.zeros_like(value)) + value * (weight / sum(weights))
+    return mean
+
+
+def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest relative Frobenius distance of two models' arrays; absolute from a zero one."""
+    distances = {key: float((found[key] - expected[key]).norm()) for key in expected}
+    return max(distances[key] / (float(expected[key].norm()) or 1.0) for key in expected)
+
+
 def effective(layout: Layout, parts: Parts) -> dict[str, Tensor]:
-    """s·B·A + R_b·R_a of every site and every head array, float64."""
+    """s·B·A, or s·B·R·A, + R_b·R_a of every site and every head array, float64."""
     weights = {}
     for site in layout.sites:
         at = {role: parts.get(PartKey(site.name, role)) for role in Role}
         b, a = at[Role.B], at[Role.A]
         assert b is not None
         assert a is not None
-        total = site.scaling * b.double() @ a.double()
+        core = at[Role.CORE]
+        middle = torch.eye(b.shape[1]).double() if core is None else core.double()
+        total = site.scaling * b.double() @ middle @ a.double()
         left, right = at[Role.RESIDUAL_B], at[Role.RESIDUAL_A]
         if left is not None and right is not None:
             total = total + left.double() @ right.double()

@@ -5,19 +5,31 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from fedlr.lowrank.subspace import SUBSPACES
 from fedlr.methods import shared
-from fedlr.methods.combine import weighted_mean
-from fedlr.methods.method import ClientUpdate, GlobalState, Layout, Method, PartKey, Parts, Role
-from fedlr.methods.registry import METHODS, Builder
+from fedlr.methods.method import (
+    ClientUpdate,
+    GlobalState,
+    Method,
+    PartKey,
+    Parts,
+    Role,
+)
+from tests.methods.every import (
+    BY_COLUMN,
+    build,
+    copies,
+    every_method,
+    every_subspace,
+    identical,
+    positive,
+    started,
+)
 from tests.methods.federation import (
     LAYOUT,
     Cohort,
@@ -27,40 +39,12 @@ from tests.methods.federation import (
     generator,
     run_round,
 )
-from tests.methods.toys import Folding, TwoPhase
-
-BUILDERS: dict[str, Builder] = {**METHODS, "toy_two_phase": TwoPhase, "toy_folding": Folding}
-SHIPPED = list(METHODS)
-
-every_method = pytest.mark.parametrize("name", BUILDERS)
-every_subspace = pytest.mark.parametrize("subspace", SUBSPACES)
-positive = st.floats(min_value=0.01, max_value=100.0)
-
-
-def build(name: str, subspace: str = "orthonormal") -> Method:
-    return BUILDERS[name](SUBSPACES[subspace], weighted_mean)
-
-
-def started(method: Method, rounds: int = 1, layout: Layout = LAYOUT) -> GlobalState:
-    """A state after some rounds, so that B ≠ 0 and a residual may exist."""
-    state = method.init(layout, generator())
-    for index in range(rounds):
-        state, _ = run_round(method, state, clients(3, seed=1000 * (index + 1)), [1, 2, 3])
-    return state
 
 
 def first_updates(method: Method, state: GlobalState, count: int = 3) -> list[ClientUpdate]:
     phase = method.plan(state).phases[0]
     down = method.broadcast(state)
     return [client.answer(state.layout, phase, down, {}) for client in clients(count)]
-
-
-def copies(parts: Parts) -> dict[PartKey, Tensor]:
-    return {key: value.clone() for key, value in parts.items()}
-
-
-def identical(left: Parts, right: Parts) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 @every_method
@@ -76,6 +60,7 @@ class TestLaws:
     def test_init_is_a_function_of_the_generator(self, name: str) -> None:
         first, second, other = (build(name).init(LAYOUT, generator(s)) for s in (1, 1, 2))
         assert identical(first.parts, second.parts)
+        assert identical(first.memory, second.memory)
         assert not identical(first.parts, other.parts)
 
     def test_head_of_the_state_is_a_copy(self, name: str) -> None:
@@ -165,35 +150,12 @@ class TestLaws:
         scaled, _ = run_round(method, state, cohort, [factor * weight for weight in weights])
         assert_same_weights(effective(LAYOUT, scaled.parts), effective(LAYOUT, plain.parts))
 
-    @settings(deadline=None, max_examples=10)
-    @given(weights=st.lists(positive, min_size=2, max_size=7), data=st.data())
-    def test_chunks_combined_first_give_the_same(
-        self, name: str, weights: list[float], data: st.DataObject
-    ) -> None:
-        cuts = data.draw(st.sets(st.integers(1, len(weights) - 1)))
-        bounds = list(pairwise([0, *sorted(cuts), len(weights)]))
-
-        def chunked(updates: list[ClientUpdate], given_weights: list[float]) -> Cohort:
-            merged = [
-                ClientUpdate(
-                    f"chunk-{low}", weighted_mean(updates[low:high], given_weights[low:high]), 1
-                )
-                for low, high in bounds
-            ]
-            return merged, [sum(given_weights[low:high]) for low, high in bounds]
-
-        method = build(name)
-        state, cohort = started(method), clients(len(weights))
-        plain, _ = run_round(method, state, cohort, weights)
-        by_chunk, _ = run_round(method, state, cohort, weights, chunked)
-        assert_same_weights(effective(LAYOUT, by_chunk.parts), effective(LAYOUT, plain.parts))
-
     def test_inputs_are_not_mutated(self, name: str) -> None:
         method = build(name)
         state = started(method)
         updates, weights = first_updates(method, state), [1.0, 2.0, 3.0]
         before = copies(state.parts), [copies(update.parts) for update in updates]
-        method.broadcast(state, rank=1)
+        method.broadcast(state, rank=1 if method.facts.mixed_ranks else None)
         method.aggregate(state, updates, weights)
         assert identical(state.parts, before[0])
         assert all(identical(u.parts, kept) for u, kept in zip(updates, before[1], strict=True))
@@ -251,6 +213,10 @@ class TestLaws:
     def test_broadcast_cuts_to_the_leading_rank(self, name: str, rank: int) -> None:
         method = build(name)
         state = started(method)
+        if not method.facts.mixed_ranks and rank < 3:
+            with pytest.raises(ValueError, match=f"rank = {rank} must be None or 3"):
+                method.broadcast(state, rank)
+            return
         down = method.broadcast(state, rank)
         for key, value in down.items():
             whole = state.parts[key]
@@ -269,22 +235,28 @@ class TestLaws:
             method.broadcast(started(method), rank)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", BY_COLUMN)
 class TestTruncatedClients:
     """Clients that were sent the leading k of r columns train only those."""
 
-    def test_an_untouched_truncated_broadcast_leaves_the_model(self, name: str) -> None:
+    @pytest.mark.parametrize("rounds", [1, 2])
+    def test_an_untouched_truncated_broadcast_leaves_the_model(
+        self, name: str, rounds: int
+    ) -> None:
         method = build(name)
-        state = started(method)
+        state = started(method, rounds)
         phase = method.plan(state).phases[0]
         down = method.broadcast(state, rank=1)
         parts = {key: down[key] for key in shared.part_keys(LAYOUT, phase.send)}
         new = method.aggregate(state, [ClientUpdate("weak", parts, 1)], [1])
         assert_same_weights(effective(LAYOUT, new.parts), effective(LAYOUT, state.parts))
 
-    def test_a_column_is_averaged_over_the_clients_that_trained_it(self, name: str) -> None:
+    @pytest.mark.parametrize("rounds", [1, 2])
+    def test_a_column_is_averaged_over_the_clients_that_trained_it(
+        self, name: str, rounds: int
+    ) -> None:
         method = build(name)
-        state = started(method)
+        state = started(method, rounds)
         weak, strong = clients(2)
         phase = method.plan(state).phases[0]
         small = weak.answer(LAYOUT, phase, method.broadcast(state, rank=2), {})
@@ -297,20 +269,6 @@ class TestTruncatedClients:
         found = method.aggregate(state, [small, full], [1, 3])
         expected = method.aggregate(state, [by_hand, full], [1, 3])
         assert identical(found.parts, expected.parts)
-
-
-@pytest.mark.parametrize("name", [name for name in BUILDERS if name != "fedavg_lora"])
-@settings(deadline=None, max_examples=10)
-@given(weights=st.lists(positive, min_size=2, max_size=6))
-def test_aggregation_under_a_shared_a_is_exact(name: str, weights: list[float]) -> None:
-    method = build(name, "kaiming")
-    state, cohort = started(method), clients(len(weights))
-    new, released = run_round(method, state, cohort, weights)
-    mean: dict[str, Tensor] = {}
-    for client, weight in zip(cohort, weights, strict=True):
-        for key, value in effective(LAYOUT, {**state.parts, **released[client.name]}).items():
-            mean[key] = mean.get(key, torch.zeros_like(value)) + value * (weight / sum(weights))
-    assert_same_weights(effective(LAYOUT, new.parts), mean)
 
 
 def test_the_folding_toy_grows_its_residual_and_restarts() -> None:

@@ -1,18 +1,21 @@
 """FedSVD's own identities; the linear algebra itself is tested in tests/lowrank."""
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlr.lowrank.rotation import is_orthonormal, rotate
 from fedlr.lowrank.subspace import SUBSPACES, kaiming, orthonormal
 from fedlr.methods import shared
 from fedlr.methods.fedsvd import FedSVD
 from fedlr.methods.method import ClientUpdate, GlobalState, PartKey, Role
 from tests.methods.federation import (
     LAYOUT,
+    Client,
     assert_same_weights,
     clients,
     effective,
@@ -126,3 +129,83 @@ def test_truncated_broadcast_is_the_best_of_that_rank() -> None:
             tail = torch.linalg.svdvals(whole[site.name])[rank:].norm()
             error = (cut[site.name] - whole[site.name]).norm()
             torch.testing.assert_close(error, tail, atol=1e-5, rtol=1e-5)
+
+
+SMALL = FedSVD(orthonormal, downlink="rotation")
+
+
+def defect(a: torch.Tensor) -> float:
+    """Largest entry of |A·Aᵀ − I|, in float64."""
+    wide = a.double()
+    return float((wide @ wide.mT - torch.eye(len(wide), dtype=torch.float64)).abs().max())
+
+
+def shrinking(count: int, seed: int) -> list[Client]:
+    """Clients whose steps are small beside the model, as those of training are."""
+    return [Client(f"client-{i}", seed=seed + i, step=0.1) for i in range(count)]
+
+
+def test_a_thousand_rotations_leave_a_orthonormal_in_the_first_row_space() -> None:
+    state = first = SMALL.init(LAYOUT, generator())
+    worst = 0.0
+    for turn in range(1000):
+        state, _ = run_round(SMALL, state, shrinking(2, 2 * turn), [1, 2])
+        worst = max(worst, *(defect(state.parts[key]) for key in A_KEYS))
+    assert worst <= 1e-5
+    for key in A_KEYS:
+        base, a = first.memory[key], state.parts[key].double()
+        assert torch.equal(state.memory[key], base)
+        outside = a - a @ base.double().mT @ base.double()
+        assert float(outside.norm()) <= 1e-5
+        assert not torch.allclose(a.float(), base, atol=1e-2)
+
+
+@pytest.mark.parametrize("subspace", ["orthonormal", "kaiming"])
+def test_both_downlinks_train_the_same_model_through_random_absences(subspace: str) -> None:
+    draws = Random(3)
+    full, small = (FedSVD(SUBSPACES[subspace], downlink=kind) for kind in ("full", "rotation"))
+    ours, theirs = (method.init(LAYOUT, generator()) for method in (small, full))
+    for turn in range(50):
+        there = draws.sample(shrinking(5, 10 * turn), draws.randint(1, 5))
+        shares = [draws.random() + 0.1 for _ in there]
+        ours, _ = run_round(small, ours, there, shares)
+        theirs, _ = run_round(full, theirs, there, shares)
+    assert_same_weights(effective(LAYOUT, ours.parts), effective(LAYOUT, theirs.parts), 1e-5)
+    for key in A_KEYS + B_KEYS:
+        size = max(1.0, float(theirs.parts[key].norm()))
+        torch.testing.assert_close(ours.parts[key], theirs.parts[key], atol=1e-5 * size, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [None, 1, 2])
+def test_the_rotations_give_the_a_that_is_broadcast_bit_for_bit(rank: int | None) -> None:
+    state = after(SMALL, rounds=3)
+    compact, down = SMALL.compact(state, rank), SMALL.broadcast(state, rank)
+    assert compact is not None
+    for site, key in zip(LAYOUT.sites, A_KEYS, strict=True):
+        turn = compact.rotations[PartKey(site.name, Role.ROTATION)]
+        assert turn.shape == (min(rank or site.rank, site.rank), site.rank)
+        assert torch.equal(rotate(turn, compact.basis[key]), down[key])
+
+
+def test_a_policy_without_orthonormal_rows_gets_its_basis_after_the_first_round() -> None:
+    method = FedSVD(kaiming, downlink="rotation")
+    state = method.init(LAYOUT, generator())
+    assert method.compact(state) is None
+    state, _ = run_round(method, state, clients(3), [1, 1, 1])
+    compact = method.compact(state)
+    assert compact is not None
+    for key in A_KEYS:
+        assert is_orthonormal(compact.basis[key])
+        assert torch.equal(compact.basis[key], state.parts[key])
+    later, _ = run_round(method, state, clients(3, seed=7), [1, 1, 1])
+    assert all(torch.equal(later.memory[key], compact.basis[key]) for key in A_KEYS)
+
+
+def test_the_full_downlink_keeps_no_basis_and_takes_no_others_memory_for_one() -> None:
+    method = FedSVD(orthonormal)
+    state = method.init(LAYOUT, generator())
+    assert (state.memory, method.compact(state)) == ({}, None)
+    seed = {PartKey("refresh", Role.SEED): torch.tensor([7])}
+    state, _ = run_round(method, replace(state, memory=seed), clients(2), [1, 1])
+    assert method.compact(state) is None
+    assert state.memory == seed

@@ -35,7 +35,7 @@ class TwoPhase:
     combine: Combiner = weighted_mean
 
     name = "toy_two_phase"
-    facts = Facts("toy", "none", frozenset({Role.B}), exact=True, limit="none")
+    facts = Facts("toy", "none", frozenset({Role.B}), exact=True, limit="none", linear=True)
 
     def init(self, layout: Layout, generator: Generator) -> GlobalState:
         return shared.initial_state(layout, self.subspace, generator)
@@ -69,7 +69,7 @@ class TwoPhase:
         return shared.next_round(replace(state, parts=kept), b)
 
     def broadcast(self, state: GlobalState, rank: int | None = None) -> Parts:
-        return shared.broadcast(state, shared.current_phase(self.plan(state), state), rank)
+        return shared.whole_broadcast(state, shared.current_phase(self.plan(state), state), rank)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,16 @@ class Folding:
     combine: Combiner = weighted_mean
 
     name = "toy_folding"
-    facts = Facts("toy", "none", frozenset({Role.B}), exact=True, limit="none", folds=True)
+    facts = Facts(
+        title="toy",
+        source="none",
+        trains=frozenset({Role.B}),
+        exact=True,
+        limit="none",
+        linear=True,
+        mixed_ranks=True,
+        folds=True,
+    )
 
     def init(self, layout: Layout, generator: Generator) -> GlobalState:
         state = shared.initial_state(layout, self.subspace, generator)
