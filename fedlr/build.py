@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlr.adapters.codec import SCHEMA
+from fedlr.adapters.core import add_cores
 from fedlr.adapters.forward import use_kernel
 from fedlr.adapters.inject import inject
 from fedlr.adapters.quantised import missing_package
@@ -36,7 +37,7 @@ from fedlr.kernels.dispatch import (
     lora_linear,
 )
 from fedlr.lowrank.factors import AdapterSite
-from fedlr.method_choice import method_of, method_problems
+from fedlr.method_choice import Start, folds, method_of, method_problems, trains_cores
 from fedlr.methods.method import MODEL_ROLES, Layout, Method
 from fedlr.planning import ClientPlan, plan_clients
 from fedlr.reuse import (
@@ -138,6 +139,7 @@ def build(
     prefix = find_prefix(encoder, sites)
     classifier = Classifier(encoder, head.to(device).requires_grad_(False), prefix)
     adapted = AdaptedModel(encoder, sites, _trained_head(head, config.model.head))
+    start = Start(base, classifier, adapted, spec, data.label_names)
     rows = rows_key(config, spec)
     longest = config.model.max_length
     training, validation = reuse.get(
@@ -155,7 +157,7 @@ def build(
         adapted=adapted,
         head=head,
         layout=layout_of(adapted),
-        method=method_of(config),
+        method=method_of(config, start, reuse),
         trainer=LocalTrainer(classifier, adapted, training, settings, device),
         evaluator=Evaluator(classifier, adapted, validation, settings.physical_batch, device),
         provenance=provenance(config, base, data.label_names),
@@ -178,7 +180,7 @@ def layout_of(adapted: AdaptedModel) -> Layout:
 
 
 def adapt(config: RunConfig, base: BaseModel) -> tuple[nn.Module, tuple[AdapterSite, ...]]:
-    """Put the adapters of ``config`` on ``base``, see `fedlr.adapters.inject.inject`."""
+    """Put the adapters of ``config`` on ``base``, with cores where its method trains them."""
     adapter = config.adapter
     encoder, sites = inject(
         base.encoder,
@@ -188,6 +190,8 @@ def adapt(config: RunConfig, base: BaseModel) -> tuple[nn.Module, tuple[AdapterS
         adapter.alpha,
         config.kernels.checkpointing,
     )
+    if trains_cores(config):
+        add_cores(encoder, sites)
     # Opacus and the reference look at the module that holds B, as PEFT calls it.
     if config.kernels.gradients == "captured":
         call, wanted = kernel_call(config), config.kernels.implementation
@@ -199,8 +203,8 @@ def adapt(config: RunConfig, base: BaseModel) -> tuple[nn.Module, tuple[AdapterS
 def kernel_call(config: RunConfig) -> Call:
     """Return what the choice of a kernel depends on."""
     dtype = torch.bfloat16 if config.model.precision == "bfloat16" else torch.float32
-    nf4 = config.model.precision == "nf4"
-    return Call(_device(config), dtype, config.adapter.rank, quantised=nf4)
+    nf4, cored = config.model.precision == "nf4", trains_cores(config)
+    return Call(_device(config), dtype, config.adapter.rank, quantised=nf4, cored=cored)
 
 
 def _sum_kernel(config: RunConfig, own_shapes: int | None) -> ClippedSum | None:
@@ -250,7 +254,8 @@ def _fitting_settings(
     if config.kernels.physical_batch is not None:
         return settings
     trained = adapted.select_trained(MODEL_ROLES)
-    size = rows_that_fit(classifier, trained, settings.gradients, config.model.max_length, say)
+    kept, longest = adapted.base_bytes() if folds(config) else 0, config.model.max_length
+    size = rows_that_fit(classifier, trained, settings.gradients, longest, say, kept)
     adapted.select_trained(frozenset())
     if settings.own_shapes is not None:  # every pass is filled up to that many rows
         size = min(size, power_of_two(config.optimizer.expected_batch))

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedlr.adapters.core import add_cores
 from fedlr.adapters.inject import inject
 from fedlr.adapters.surgery import AdaptedModel
 from fedlr.data.batching import TokenisedDataset, UnitIndex
+from fedlr.lowrank.factors import AdapterSite
 from fedlr.methods.method import PartKey, Role
 from fedlr.training.classifier import Classifier
 from fedlr.training.heads import LinearHead
@@ -109,7 +111,31 @@ def tiny(
     """Adapters on attention (layers ``on``, None: all), random B and a trained random head."""
     base = encoder(family, layers, seed)
     cast_base(base, precision)
-    model, sites = inject(base, modules_of(family), on, RANK, 2.0 * RANK, checkpointing)
+    return classified(
+        *inject(base, modules_of(family), on, RANK, 2.0 * RANK, checkpointing), seed=seed
+    )
+
+
+def of_rank(rank: int, cores: bool = False) -> Tiny:
+    """A BERT as `tiny`'s, of another rank and the same scaling, with cores or without."""
+    model, sites = inject(encoder("bert"), modules_of("bert"), None, rank, 2.0 * rank)
+    if cores:
+        add_cores(model, sites)
+    return classified(model, sites)
+
+
+def cored(family: str = "bert", **changes: Any) -> Tiny:
+    """As `tiny`, with a random core at every site."""
+    model = tiny(family, **changes)
+    add_cores(model.adapted.encoder, model.adapted.sites)
+    draws = torch.Generator().manual_seed(2)
+    cores = model.adapted.read({Role.CORE})
+    model.adapted.write({k: torch.randn(v.shape, generator=draws) for k, v in cores.items()})
+    return model
+
+
+def classified(model: nn.Module, sites: tuple[AdapterSite, ...], seed: int = 0) -> Tiny:
+    """An adapted encoder with random arrays and a random head."""
     draws = torch.Generator().manual_seed(seed + 1)
     head = LinearHead(torch.randn(CLASSES, WIDTH, generator=draws), True, None)
     head.requires_grad_(False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedlr.build import Workbench, build, provenance
+from fedlr.build import Workbench, build, check_names, provenance
 from fedlr.config import RunConfig, from_mapping
 from fedlr.errors import ConfigError, ModelError
 from fedlr.methods.method import Role
@@ -134,6 +134,55 @@ def test_no_user_is_in_both_parts_where_a_user_is_the_unit(name: str) -> None:
     assert set(by_user.train.users or ()).isdisjoint(by_user.validation.users or ())
 
 
+def test_a_method_of_cores_has_them_in_its_model_and_others_have_none(name: str) -> None:
+    for method, wanted in (("fed_sb", True), ("fedsvd", False)):
+        # A kernel that multiplies by A and B alone runs where there is no core.
+        bench = build(config(name, method={"name": method}))
+        state = bench.method.init(bench.layout, torch.Generator().manual_seed(0))
+        keys = {key for key in bench.adapted.parameters() if key.role is Role.CORE}
+        assert len(keys) == (len(bench.layout.sites) if wanted else 0)
+        bench.trainer.check(state.parts, bench.method.plan(state).phases[0].train)
+        bench.evaluator(state.parts)
+        for site in bench.layout.sites:
+            layer = bench.adapted.encoder.get_submodule(f"base_model.model.{site.name}")
+            assert ("forward" in vars(layer)) is not wanted
+    with pytest.raises(ConfigError, match="core between A and B"):
+        check_names(config(name, method={"name": "fed_sb"}, kernels={"implementation": "triton"}))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "nf4"])
+@pytest.mark.parametrize(
+    ("sections", "way_out"),
+    [
+        ({"method": {"name": "flora"}}, "a method that folds nothing"),
+        ({"subspace": {"refresh": "merge"}}, r"subspace\.refresh=none"),
+    ],
+)
+def test_a_base_in_fewer_bits_takes_no_residual(
+    precision: str, sections: dict[str, dict[str, Any]], way_out: str
+) -> None:
+    if precision == "nf4":
+        pytest.importorskip("bitsandbytes", reason="4-bit weights are in the extra '4bit'")
+    told = rf"adds a residual .* model\.precision=float32, or {way_out}"
+    few = {"model": {"precision": precision}}
+    with pytest.raises(ConfigError, match=told) as caught:
+        check_names(config("some/model", **sections, **few))
+    assert len(caught.value.problems) == 1
+    check_names(config("some/model", **few))
+    check_names(config("some/model", **sections))
+
+
+def test_memory_for_the_folded_weights_is_kept_free(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    monkeypatch.setattr("fedlr.build.rows_that_fit", lambda *given: (kept.append(given[-1]), 8)[1])
+    free = {"kernels": {"physical_batch": None}}
+    for sections in ({}, {"method": {"name": "flora"}}, {"subspace": {"refresh": "merge"}}):
+        build(config(name, **free, **sections))
+    assert kept == [0, 6 * 4 * WIDTH * WIDTH, 6 * 4 * WIDTH * WIDTH]
+
+
 MEANINGS: list[dict[str, dict[str, Any]]] = [
     {},
     {"adapter": {"alpha": 3.0}},
@@ -170,6 +219,9 @@ def test_the_digest_is_of_settings_and_every_one_that_gives_arrays_meaning_is_in
     assert digests == [digest(sections) for sections in MEANINGS]
     assert len(set(digests)) == len(MEANINGS)
     assert digest({}, ("n", "Y")) != digests[0]
+    # A method is no meaning of its own: what it sends says by its roles what it is.
+    for same in ({"method": {"name": "fed_sb"}}, {"subspace": {"refresh": "merge"}}):
+        assert digest(same) == digests[0]
 
 
 def test_the_seed_is_in_the_digest_only_where_weights_are_drawn_from_it() -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from fedlr.methods.method import PartKey, Parts, Role
 from fedlr.report.facts import RunFacts
 from fedlr.restore import RunModel, logits, restore, save_result
 from fedlr.training.base import weights_digest
+from fedlr.training.classifier import Classifier
 from server.session import facts_of
 from tests.models import LONGEST, encoder
 from tests.report.samples import SUMMARY
@@ -149,6 +150,28 @@ def test_a_restored_model_computes_the_servers_logits(
     assert_same(found, expected)
     assert weights_digest(model.adapted.encoder) == before
     assert logits(model, run.parts, []).shape == (0, len(LABELS))
+
+
+def test_cores_are_restored_and_exported(make: Callable[..., Run], tmp_path: Path) -> None:
+    """Fed-SB: the server's logits, restored, merged, and by PEFT with B·R and A."""
+    import peft
+    import transformers
+
+    run = make("linear", method={"name": "fed_sb"})
+    assert {key.role for key in run.parts} == {Role.A, Role.B, Role.CORE, Role.HEAD}
+    expected, model = run.logits(), again(run)
+    assert_same(logits(model, run.parts, validation(run)), expected)
+    without = {key: value for key, value in run.parts.items() if key.role is not Role.CORE}
+    assert not torch.allclose(logits(model, without, validation(run)), expected, rtol=0, atol=1e-2)
+    save_result(model, run.parts, summary_of(run), tmp_path)
+    library, adapters = cast(Any, transformers), cast(Any, peft)
+    base = library.AutoModel.from_pretrained(run.bench.config.model.name)
+    loaded = adapters.PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    classifier = Classifier(loaded, run.bench.head).eval()
+    run.bench.evaluator(run.parts)  # the head is the server's own
+    data = cast(Any, run.bench.evaluator)._data
+    with torch.no_grad():
+        assert_same(classifier(data.batch(np.arange(len(data)))), expected)
 
 
 def residual(run: Run, rank: int) -> Parts:

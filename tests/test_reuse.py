@@ -15,7 +15,7 @@ from fedlr.build import Workbench, build, source_spec
 from fedlr.config import RunConfig
 from fedlr.data.batching import TokenisedDataset
 from fedlr.errors import ModelError
-from fedlr.methods.method import Parts, Role
+from fedlr.methods.method import PartKey, Parts, Role
 from fedlr.privacy.noise import public_stream
 from fedlr.reuse import Reuse, base_key, rows_key, with_states
 from fedlr.training.local import LocalTask
@@ -118,6 +118,26 @@ def test_a_changed_weight_is_noticed(name: str) -> None:
         next(bench.base.encoder.parameters()).mul_(1.5)
     with pytest.raises(ModelError, match="were changed by a run"):
         build(upper(name), reuse=reuse)
+
+
+def test_a_residual_of_one_run_is_not_in_the_next(name: str) -> None:
+    """The weights are shared: they are the same objects and bits while one run has it folded."""
+    reuse, given = Reuse(), upper(name)
+    one = build(given, reuse=reuse)
+    draws = torch.Generator().manual_seed(0)
+    parts = dict(one.method.init(one.layout, draws).parts)
+    for key in [key for key in parts if key.role is Role.HEAD]:  # one of zeros tells nothing
+        parts[key] = torch.randn(parts[key].shape, generator=draws)
+    before = one.evaluator(parts)
+    folded = dict(parts)
+    for site in one.layout.sites:
+        folded[PartKey(site.name, Role.RESIDUAL_B)] = torch.ones(site.out_features, 1)
+        folded[PartKey(site.name, Role.RESIDUAL_A)] = torch.ones(1, site.in_features)
+    assert one.evaluator(folded) != before
+    other = build(given, reuse=reuse)  # it would say that the weights were changed
+    assert other.evaluator(parts) == before
+    assert one.evaluator(folded) != before
+    assert one.evaluator(parts) == before
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "nf4"])

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlr import checks
 from fedlr.lowrank.factors import AdapterSite, Factors, stack
-from fedlr.methods.method import MODEL_ROLES, PartKey, Parts, Role
+from fedlr.methods.effective import update_of
+from fedlr.methods.method import MODEL_ROLES, RESIDUAL_ROLES, Parts, Role
 
 from .inject import ADAPTER
 from .quantised import dequantise
+from .residual import fold
 from .surgery import AdaptedModel
 
 LARGEST_RANK = 256
@@ -42,8 +43,8 @@ class Trained:
     Attributes:
         adapted: The model; its base weights and sites count, and its arrays where
             ``parts`` has none.
-        parts: The result: A, B, a residual and the trained head; other roles are
-            left out.
+        parts: The result: A, B, a core, a residual and the trained head; other roles
+            are left out.
         head: Every parameter of the head, frozen ones too, by the name a trained one
             has in ``parts`` (``head.output.weight``); its value is taken where
             ``parts`` has none. Any float dtype, shape and device.
@@ -52,7 +53,7 @@ class Trained:
 
     Raises:
         ValueError: ``parts`` has a head parameter that ``head`` lacks, an array
-            that the model lacks or has in another shape, or half a residual.
+            that the model lacks or that does not fit it, or half a residual.
     """
 
     adapted: AdaptedModel
@@ -66,29 +67,24 @@ class Trained:
             raise ValueError(
                 f"parts has head arrays {unknown} that head lacks; give the whole head"
             )
-        self.adapted.check({k: v for k, v in self.parts.items() if k.role in MODEL_ROLES})
-        for site in self.adapted.sites:
-            _residual(site, self.parts)
+        roles = MODEL_ROLES | RESIDUAL_ROLES
+        self.adapted.check({k: v for k, v in self.parts.items() if k.role in roles})
 
     def factors(self) -> dict[AdapterSite, Factors]:
         """Return each site's whole update of the base weight, float32 on the CPU.
 
-        s·B·A is kept as it was trained where there is no residual; else the pair is
-        stacked, [s·B, R_b] and [A; R_a], with scaling 1.
+        s·B·A is kept as it was trained where there is no residual, and s·B·R·A is B·R and
+        A; else the pair is stacked, [s·B·R, R_b] and [A; R_a], with scaling 1.
         """
-        arrays = {**self.adapted.read({Role.A, Role.B}), **self.parts}
-        found = {}
-        for site in self.adapted.sites:
-            b, a = (_plain(arrays[PartKey(site.name, role)]) for role in (Role.B, Role.A))
-            own, rest = Factors(b, a, site.scaling), _residual(site, self.parts)
-            found[site] = own if rest is None else stack([own, rest])
-        return found
+        roles = {Role.A, Role.B, Role.CORE}
+        arrays = {**self.adapted.read(roles), **self.parts}
+        plain = {key: _plain(v) for key, v in arrays.items() if key.role is not Role.HEAD}
+        updates = ((site, update_of(site, plain)) for site in self.adapted.sites)
+        return {site: update for site, update in updates if update is not None}
 
     def rank(self) -> int:
         """Return the largest rank of any site's update, a residual's included."""
-        residuals = (_residual(site, self.parts) for site in self.adapted.sites)
-        pairs = zip(self.adapted.sites, residuals, strict=True)
-        return max(site.rank + (rest.rank if rest else 0) for site, rest in pairs)
+        return max(update.rank for update in self.factors().values())
 
     def whole_head(self) -> dict[str, Tensor]:
         """Return every parameter of the head as trained: copies on the CPU."""
@@ -113,11 +109,12 @@ def save_adapter(trained: Trained, folder: Path, base: str, readme: str) -> None
 
     Guarantees:
         ``PeftModel.from_pretrained(base, folder)`` computes the hidden states of
-        W + R_b·R_a + s·B·A, and a head with the saved arrays the same logits. Where the
-        run kept W in 4 bits, ``base`` loaded so (NF4 with quantised scales) gives them; in
-        float32 it gives those of the adapter on the weights before they were rounded.
-        Without a residual the factors are the trained ones, bit for bit; with one
-        they are exact up to the rounding of s·B. Sites of smaller rank are filled
+        W + R_b·R_a + s·B·A (s·B·R·A with a core), and a head with the saved arrays the same
+        logits. Where the run kept W in 4 bits, ``base`` loaded so (NF4 with quantised scales)
+        gives them; in float32 it gives those of the adapter on the weights before they were
+        rounded.
+        Without a residual and a core the factors are the trained ones, bit for bit; with
+        one they are exact up to the rounding of s·B and of B·R. Sites of smaller rank are filled
         with zeros. The live model stays as it is, and no network is asked.
     """
     from safetensors.torch import save_file
@@ -172,6 +169,8 @@ def save_merged(trained: Trained, folder: Path, tokenizer: Any, readme: str) -> 
 def merge(trained: Trained) -> nn.Module:
     """Return a copy of the base encoder with W + R_b·R_a + s·B·A in the place of each W.
 
+    With a core R it is s·B·R·A. What the live model computes with now does not count.
+
     Returns:
         A model of the base's own class, without PEFT, in evaluation mode, on the
         CPU; every weight in float32, of which a small update would lose its bits in
@@ -180,6 +179,8 @@ def merge(trained: Trained) -> nn.Module:
         and not the one that was rounded to them.
     """
     encoder: Any = copy.deepcopy(trained.adapted.encoder)
+    for site in trained.adapted.sites:
+        fold(encoder.get_submodule(f"base_model.model.{site.name}.base_layer"), None)
     base: nn.Module = encoder.unload()
     dequantise(base)
     base.to("cpu", torch.float32)
@@ -189,19 +190,6 @@ def merge(trained: Trained) -> nn.Module:
             update = pair.scaling * (pair.b.double() @ pair.a.double())
             weight.copy_(weight.double() + update)
     return base.eval()
-
-
-def _residual(site: AdapterSite, parts: Parts) -> Factors | None:
-    """Return the site's residual; None where there is none or its rank is 0."""
-    b, a = (parts.get(PartKey(site.name, role)) for role in (Role.RESIDUAL_B, Role.RESIDUAL_A))
-    if b is None and a is None:
-        return None
-    if b is None or a is None:
-        raise ValueError(f"{site.name} has half a residual; give residual_a and residual_b")
-    rank = a.shape[0]
-    checks.same_shape(f"{site.name}: residual_a", a.shape, (rank, site.in_features))
-    checks.same_shape(f"{site.name}: residual_b", b.shape, (site.out_features, rank))
-    return Factors(_plain(b), _plain(a)) if rank else None
 
 
 def _plain(array: Tensor) -> Tensor:

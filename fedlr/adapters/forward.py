@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedlr.kernels.dispatch import LoraLinear
 from fedlr.lowrank.factors import AdapterSite
 
+from .core import has_core
 from .inject import ADAPTER
 from .quantised import is_quantised
 
@@ -34,12 +35,15 @@ def use_kernel(encoder: nn.Module, sites: Sequence[AdapterSite], kernel: LoraLin
         (`fedlr.training.fused`), and where another adapter, or none, is active.
 
     Raises:
-        ValueError: A base weight is stored in 4 bits, which no kernel reads.
+        ValueError: A base weight is stored in 4 bits, which no kernel reads; or a site has
+            a core, whose product no kernel forms: its z is x·Aᵀ, and B needs x·Aᵀ·Rᵀ.
     """
     for site in sites:
         layer: Any = encoder.get_submodule(f"base_model.model.{site.name}")
         if is_quantised(layer.get_base_layer()):
             raise ValueError(f"{site.name} is stored in 4 bits, and the kernels read float weights")
+        if has_core(layer):
+            raise ValueError(f"{site.name} has a core, and the kernels multiply by A and B alone")
         layer.forward = partial(_forward, layer, layer.forward, site.scaling, kernel.lora_linear)
 
 

@@ -53,7 +53,7 @@ def load(spec: SourceSpec) -> LoadedData:
         choose_validation((), spec, spec.path)
         label_names = _label_names(path.parent, spec)
         return assemble(spec, _read(path, spec, label_names), None, label_names)
-    splits = _split_files(path)
+    splits = split_files(path)
     train = splits.get(spec.train_split)
     if train is None:
         present = ", ".join(sorted(entry.name for entry in path.iterdir())[:20])
@@ -86,7 +86,7 @@ def is_file(path: Path) -> bool:
     raise DataError(f"data.path = {str(path)!r} does not exist{place}. Give a folder or a file.")
 
 
-def _split_files(folder: Path) -> dict[str, Path]:
+def split_files(folder: Path) -> dict[str, Path]:
     """Return the readable files of ``folder`` by split name; DataError if one has two."""
     splits: dict[str, Path] = {}
     for entry in sorted(folder.iterdir()):
@@ -123,7 +123,15 @@ def _label_names(folder: Path, spec: SourceSpec) -> tuple[str, ...]:
 
 
 def _read(path: Path, spec: SourceSpec, label_names: tuple[str, ...]) -> TextDataset:
-    """Read one file by its ending."""
+    return build_dataset(str(path), rows_of(path, spec), spec, label_names)
+
+
+def rows_of(path: Path, spec: SourceSpec) -> NumberedRows:
+    """Return the rows of one file, read by its ending; its columns must have those of ``spec``.
+
+    Raises:
+        DataError: No such ending; while it is read, a missing column or a malformed row.
+    """
     readers: dict[str, Callable[[Path, SourceSpec], NumberedRows]] = {
         ".jsonl": _jsonl,
         ".jsonl.gz": _jsonl,
@@ -133,7 +141,7 @@ def _read(path: Path, spec: SourceSpec, label_names: tuple[str, ...]) -> TextDat
     }
     for ending in ENDINGS:
         if path.name.endswith(ending):
-            return build_dataset(str(path), readers[ending](path, spec), spec, label_names)
+            return readers[ending](path, spec)
     raise DataError(f"{path} must end in {', '.join(ENDINGS)}. Convert or rename the file.")
 
 

@@ -68,8 +68,8 @@ MINIMUM_PER_CLASS = 100
 """A class with fewer examples is dropped (a Python without Tk has no widgets)."""
 
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
-_MINIMUM_WORDS = 5
-_MAXIMUM_CHARACTERS = 300
+MINIMUM_WORDS = 5
+MAXIMUM_CHARACTERS = 300
 
 
 class Docstring(NamedTuple):
@@ -95,8 +95,12 @@ def load(validation_fraction: float, seed: int, by_user: bool = False) -> Loaded
     Raises:
         DataError: The sources are not on disk (a zipped or stripped Python).
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    return _load_from(root, validation_fraction, seed, by_user)
+    return _load_from(source_root(), validation_fraction, seed, by_user)
+
+
+def source_root() -> Path:
+    """Return the folder of the running Python's standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
 
 
 def _load_from(
@@ -144,26 +148,31 @@ def read_docstrings(root: Path) -> tuple[Docstring, ...]:
     Test packages are left out and files that do not parse are skipped.
     """
     found: dict[str, Docstring] = {}
-    paths = {path.relative_to(root).as_posix(): path for path in _source_files(root)}
-    for relative in sorted(paths):
-        module = relative.split("/")[0].removesuffix(".py")
-        for docstring in _docstrings(paths[relative]):
+    for path, module in source_files(root):
+        for docstring in _docstrings(path):
             text = " ".join(docstring.split())
-            if len(text.split()) < _MINIMUM_WORDS:
+            if len(text.split()) < MINIMUM_WORDS:
                 continue
-            text = text[:_MAXIMUM_CHARACTERS].rstrip()
+            text = text[:MAXIMUM_CHARACTERS].rstrip()
             found.setdefault(text, Docstring(text, module))
     return tuple(found.values())
 
 
-def _source_files(root: Path) -> Iterator[Path]:
-    """Yield the ``.py`` files of the known modules, tests left out, in any order."""
+def source_files(root: Path) -> list[tuple[Path, str]]:
+    """Return the ``.py`` files of the known modules, tests left out, and their modules.
+
+    Sorted by path under ``root``, whatever order the file system lists.
+    """
+    found: dict[str, Path] = {}
     for module in AREA_OF_MODULE:
-        if (root / f"{module}.py").is_file():
-            yield root / f"{module}.py"
-        for path in (root / module).rglob("*.py"):
-            if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts):
-                yield path
+        paths = [path for path in (root / f"{module}.py",) if path.is_file()]
+        for path in (*paths, *(root / module).rglob("*.py")):
+            relative = path.relative_to(root)
+            if not _SKIPPED_FOLDERS.intersection(relative.parts):
+                found[relative.as_posix()] = path
+    return [
+        (found[relative], relative.split("/")[0].removesuffix(".py")) for relative in sorted(found)
+    ]
 
 
 def _docstrings(path: Path) -> Iterator[str]:

@@ -24,9 +24,10 @@ from fedlr.doctor import clipping, durability, exchange, frozen, gradients, kern
 from fedlr.doctor.finding import Check, Finding, find
 from fedlr.doctor.subject import UNITS, Subject, left_as_it_was
 from fedlr.errors import DoctorError
-from fedlr.method_choice import method_of
+from fedlr.method_choice import Start, method_of
 from fedlr.restore import RunModel
 from fedlr.training.base import check_capacity, check_rows_alone, load_base
+from fedlr.training.classifier import Classifier
 
 _OTHER_PATH = "set kernels=reference, or kernels.device=cpu, and report it"
 _STOP = "trust no private run of this installation; reinstall fedlr and its requirements"
@@ -42,7 +43,8 @@ def examine(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> t
     Args:
         config: A checked configuration; no private row is used, no ledger of a run
             is opened. Its data are read for nothing but the label list, and not even
-            for that where ``data.label_names`` gives it.
+            for that where ``data.label_names`` gives it; the text of ``subspace.public``
+            is, where the first A is made of it.
         say: Told what is being done, one short line at a time.
 
     Raises:
@@ -50,7 +52,9 @@ def examine(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> t
             to examine.
     """
     model = _load(config, say)
-    method = method_of(config)
+    classifier = Classifier(model.adapted.encoder, model.head)
+    start = Start(model.base, classifier, model.adapted, source_spec(config), model.label_names)
+    method = method_of(config, start)
     subject = Subject.of(model, method, noise_multiplier=1.0)
     removed = {
         **_neighbours(config, range(len(UNITS))),

@@ -232,8 +232,9 @@ def made_up_rows(base: BaseModel, longest: int, classes: int) -> TokenisedDatase
 def _public_point(adapted: AdaptedModel, initial: Parts) -> dict[PartKey, Tensor]:
     """Return every movable array, moved away from zeros in which gradients vanish.
 
-    B gives each site an update of a tenth of its base weight's norm, and a trained
-    head gets random entries: far inside what a site accepts of a server.
+    B gives each site an update of a tenth of its base weight's norm with a core that is
+    the identity, and a trained head gets random entries: far inside what a site accepts
+    of a server.
     """
     draws = torch.Generator().manual_seed(0)
     norms = {site.name: (site, norm) for site, norm in adapted.base_norms().items()}
@@ -250,6 +251,8 @@ def _public_point(adapted: AdaptedModel, initial: Parts) -> dict[PartKey, Tensor
                 site.scaling * float(random.norm()) * float(point[PartKey(key.site, Role.A)].norm())
             )
             value = random * (_LARGEST_SHARE * norm / update if update > 0 else 0.02)
+        elif key.role is Role.CORE:
+            value = torch.eye(value.shape[0])
         elif key.role is Role.HEAD:
             value = value + random / value.shape[-1] ** 0.5
         point[key] = value

@@ -43,6 +43,7 @@ class Call:
         rank: r.
         trains_a: Whether ``lora_linear`` must differentiate for A too.
         quantised: Whether W is stored in 4 bits (`fedlr.adapters.quantised`).
+        cored: Whether a core is between A and B (`fedlr.adapters.core`).
     """
 
     device: torch.device
@@ -50,6 +51,7 @@ class Call:
     rank: int = 8
     trains_a: bool = False
     quantised: bool = False
+    cored: bool = False
 
 
 class Choice(NamedTuple):
@@ -155,7 +157,7 @@ def explain(device: torch.device) -> list[Choice]:
 
 
 def _is_merged(call: Call) -> bool:
-    if call.trains_a or call.quantised:
+    if call.trains_a or call.quantised or call.cored:
         return False
     return call.device.type == "cpu" and call.dtype is torch.float32
 
@@ -171,6 +173,8 @@ def _shape_obstacle(kernel: str, call: Call) -> str | None:
         return "A is trained, and the kernel has no gradient for it"
     if kernel == "lora_linear" and call.quantised:
         return "the frozen weight is stored in 4 bits, and the kernel reads a whole one"
+    if kernel == "lora_linear" and call.cored:
+        return "the method has a core between A and B, and the kernel multiplies by these alone"
     return None
 
 

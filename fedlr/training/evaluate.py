@@ -11,7 +11,7 @@ from torch.nn import functional
 from fedlr import checks
 from fedlr.adapters.surgery import AdaptedModel
 from fedlr.data.batching import TokenisedDataset, physical_batches
-from fedlr.methods.method import MODEL_ROLES, Parts
+from fedlr.methods.method import MODEL_ROLES, RESIDUAL_ROLES, Parts
 
 from .classifier import Classifier
 
@@ -41,8 +41,14 @@ class Evaluator:
         self._pieces = physical_batches(np.arange(len(data)), data.lengths, physical_batch)
 
     def __call__(self, parts: Parts) -> tuple[float, float]:
-        """Return (accuracy in 0–1, mean cross-entropy in nats); a NaN loss is returned as ∞."""
-        self._adapted.write({key: value for key, value in parts.items() if key.role in MODEL_ROLES})
+        """Return (accuracy in 0–1, mean cross-entropy in nats); a NaN loss is returned as ∞.
+
+        Args:
+            parts: A method's state: what the model computes with, cores and residuals
+                too, is written into it; the rest is left out.
+        """
+        roles = MODEL_ROLES | RESIDUAL_ROLES
+        self._adapted.write({key: value for key, value in parts.items() if key.role in roles})
         correct, loss = 0, 0.0
         with torch.inference_mode():
             for rows in self._pieces:

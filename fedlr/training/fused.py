@@ -48,9 +48,32 @@ def train_together(
         ValueError: As `LocalTrainer.train`.
 
     Edge cases:
-        Tasks that cannot be fused (`can_fuse`), and one alone, are trained one after
-        the other.
+        Only tasks whose arrays have equal shapes share passes: where ranks differ, those
+        of one rank do. Tasks that cannot be fused (`can_fuse`), and one alone, are
+        trained one after the other.
     """
+    found: dict[int, Arrays] = {}
+    for alike in _of_equal_shapes(tasks):
+        trained = _train_alike(trainer, [tasks[i] for i in alike], [units[i] for i in alike])
+        found.update(zip(alike, trained, strict=True))
+    return [found[index] for index in range(len(tasks))]
+
+
+def _of_equal_shapes(tasks: Sequence[LocalTask]) -> list[list[int]]:
+    """Return the places of the tasks, those with arrays of the same shapes together."""
+    groups: dict[frozenset[tuple[PartKey, torch.Size]], list[int]] = {}
+    for index, task in enumerate(tasks):
+        groups.setdefault(_shapes(task), []).append(index)
+    return list(groups.values())
+
+
+def _shapes(task: LocalTask) -> frozenset[tuple[PartKey, torch.Size]]:
+    return frozenset((key, value.shape) for key, value in task.parts.items())
+
+
+def _train_alike(
+    trainer: LocalTrainer, tasks: Sequence[LocalTask], units: Sequence[UnitIndex]
+) -> list[Arrays]:
     if not can_fuse(trainer, tasks):
         return [trainer.train(*pair) for pair in zip(tasks, units, strict=True)]
     members = []
@@ -66,8 +89,8 @@ def train_together(
 def can_fuse(trainer: LocalTrainer, tasks: Sequence[LocalTask]) -> bool:
     """Return whether ``tasks`` can share their passes through the model.
 
-    They can where each trains privately and all train the same arrays over the same
-    others, where per-unit gradients are captured at the layers in torch, and where rows need
+    They can where each trains privately and all train arrays of the same shapes over the
+    same others, where per-unit gradients are captured at the layers in torch, and where rows need
     no shape of their own.
     """
     first, *others = tasks
@@ -79,11 +102,15 @@ def can_fuse(trainer: LocalTrainer, tasks: Sequence[LocalTask]) -> bool:
     for task in others:
         if task.mechanism is None or task.train != first.train:
             return False
-        if {key for key in task.parts if key.role not in task.train} != fixed.keys():
+        if _shapes(task) != _shapes(first):
             return False
-        if not all(torch.equal(task.parts[key], value) for key, value in fixed.items()):
+        if not all(_equal(task.parts[key], value) for key, value in fixed.items()):
             return False
     return True
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or torch.equal(one, other)
 
 
 class RowWise:

@@ -33,6 +33,7 @@ ABSTENTION_CODES = (
     "provenance",
     "bad_job",
     "no_release",
+    "no_base",
     "ledger",
     "forfeited",
     "failed",
@@ -43,9 +44,11 @@ ABSTENTION_CODES = (
 round would exceed its ε in all, ``run_budget`` in this run, ``month_budget`` in thirty
 days · ``policy`` the operator does not allow it · ``provenance`` other base weights,
 tokenizer, labels or codec · ``bad_job`` the job's names or shapes do not fit ·
-``no_release`` a projecting phase without a release of this round · ``ledger`` the
-ledger refuses · ``forfeited`` the job was begun before and cut short: it is spent, and
-not done again · ``failed`` anything else, explained on the operator's console only.
+``no_release`` a projecting phase without a release of this round · ``no_base`` the job
+brings rotations of a basis that the site has not got: it is asked again, with the basis ·
+``ledger`` the ledger refuses · ``forfeited`` the job was begun before and cut short: it is
+spent, and not done again · ``failed`` anything else, explained on the operator's console
+only.
 """
 
 
@@ -68,6 +71,19 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class Rotated:
+    """That a job brings rotations Q in the place of A; see `fedlr.training.downlink`.
+
+    Attributes:
+        basis: `digest_of` the A₀ of all sites, which is in the job's parts or was before.
+        result: `digest_of` the A = Q·A₀ that they give.
+    """
+
+    basis: str
+    result: str
+
+
+@dataclass(frozen=True)
 class Job:
     """One phase of one round for one client.
 
@@ -78,8 +94,10 @@ class Job:
         nonce: Unique per (run, round, phase, client); a site books each one once.
         train: Roles to train; empty for a projecting phase.
         send: Roles to send back.
-        parts: What the server broadcasts before the phase.
+        parts: What the server broadcasts before the phase; what travels, where
+            ``rotated`` is set.
         provenance: What the parts were made for.
+        rotated: None for a job with all its parts.
     """
 
     run: str
@@ -90,6 +108,7 @@ class Job:
     send: frozenset[Role]
     parts: Parts
     provenance: Provenance
+    rotated: Rotated | None = None
 
     def __post_init__(self) -> None:
         checks.at_least("round", self.round, 0)
@@ -125,6 +144,7 @@ class SiteStatus:
         noise_multiplier: σ of its releases; 0.0 where privacy is off or dry.
         delta: δ of its guarantee; 0.0 where privacy is off or dry.
         provenance: Digests of what it holds.
+        rank: Most columns of a B (rows of an A) that it trains, ≥ 1; None has no bound.
     """
 
     client: str
@@ -132,6 +152,7 @@ class SiteStatus:
     noise_multiplier: float
     delta: float
     provenance: Provenance
+    rank: int | None = None
 
 
 def encode_job(job: Job) -> tuple[Arrays, Header]:
@@ -145,6 +166,8 @@ def encode_job(job: Job) -> tuple[Arrays, Header]:
         "send": _join(job.send),
         **_provenance_header(job.provenance),
     }
+    if job.rotated is not None:
+        header |= {"rotated_basis": job.rotated.basis, "rotated_result": job.rotated.result}
     return codec.encode(job.parts), header
 
 
@@ -155,7 +178,16 @@ def job_digest(job: Job) -> str:
     with another job is a mistake, or an attempt to have a paid update replaced.
     """
     arrays, header = encode_job(job)
-    digest = hashlib.sha256(json.dumps({**header, "nonce": ""}, sort_keys=True).encode())
+    return _sha256(json.dumps({**header, "nonce": ""}, sort_keys=True), arrays)
+
+
+def digest_of(parts: Parts) -> str:
+    """Return sha256, hex, of names, shapes and float32 values of ``parts``, in any order."""
+    return _sha256("", codec.encode(parts))
+
+
+def _sha256(start: str, arrays: Arrays) -> str:
+    digest = hashlib.sha256(start.encode())
     for name in sorted(arrays):
         digest.update(f"\0{name}\0{arrays[name].shape}\0".encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())
@@ -180,6 +212,7 @@ def decode_job(arrays: Arrays, header: Mapping[str, Any]) -> Job:
             send=_split(header["send"]),
             parts=codec.decode(arrays, provenance.codec),
             provenance=provenance,
+            rotated=_rotated(header),
         )
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise BadUpdate("names", f"the job's header is malformed: {error}") from error
@@ -222,13 +255,14 @@ def decode_outcome(arrays: Arrays, header: Mapping[str, Any]) -> ClientUpdate | 
 
 def encode_status(status: SiteStatus) -> Header:
     """Return the header that announces a site; `decode_status` is its inverse."""
-    return {
+    header: Header = {
         "client": status.client,
         "declared_size": status.declared_size,
         "noise_multiplier": status.noise_multiplier,
         "delta": status.delta,
         **_provenance_header(status.provenance),
     }
+    return header if status.rank is None else {**header, "rank": status.rank}
 
 
 def decode_status(header: Mapping[str, Any]) -> SiteStatus:
@@ -238,10 +272,11 @@ def decode_status(header: Mapping[str, Any]) -> SiteStatus:
     try:
         return SiteStatus(
             client=str(header["client"]),
-            declared_size=checks.at_least("declared_size", int(header["declared_size"]), 0),
+            declared_size=_size(int(header["declared_size"])),
             noise_multiplier=checks.non_negative("sigma", float(header["noise_multiplier"])),
             delta=checks.in_range("delta", float(header["delta"]), 0.0, 1.0),
             provenance=_provenance(header),
+            rank=checks.at_least("rank", int(header["rank"]), 1) if "rank" in header else None,
         )
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise BadUpdate("names", f"the site's status is malformed: {error}") from error
@@ -258,6 +293,19 @@ def _provenance_header(provenance: Provenance) -> Header:
 
 def _provenance(header: Mapping[str, Any]) -> Provenance:
     return Provenance(*(str(header[name]) for name in ("base", "tokenizer", "labels", "codec")))
+
+
+def _rotated(header: Mapping[str, Any]) -> Rotated | None:
+    if "rotated_basis" not in header:
+        return None
+    return Rotated(str(header["rotated_basis"]), str(header["rotated_result"]))
+
+
+def _size(declared: int) -> int:
+    """Return a declared size; ValueError where it is no size, or too large to be a weight."""
+    if checks.at_least("declared_size", declared, 0) >= 2**63:
+        raise ValueError("declared_size must be < 2**63; declare the number of units")
+    return declared
 
 
 def _join(roles: frozenset[Role]) -> str:

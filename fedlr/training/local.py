@@ -6,6 +6,7 @@ rows of the shared token array. The private step itself is `fedlr.privacy.dpsgd`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlr import checks
+from fedlr.adapters.residual import product_norm, residual_of
 from fedlr.adapters.surgery import AdaptedModel
 from fedlr.data.batching import (
     Batch,
@@ -27,6 +29,7 @@ from fedlr.data.batching import (
     physical_positions,
 )
 from fedlr.kernels.dispatch import ClippedSum as ClippedSumKernel
+from fedlr.lowrank.factors import AdapterSite
 from fedlr.methods.method import MODEL_ROLES, PartKey, Parts, Role
 from fedlr.privacy.columns import UnitMatrix
 from fedlr.privacy.dpsgd import ClippedSum, private_gradient
@@ -53,7 +56,7 @@ RowArrays = Callable[
 """Arrays of each member → member of each row → within, a row is multiplied with its own."""
 
 LARGEST_UPDATE = 30.0
-"""Largest accepted s·‖B‖·‖A‖ of a broadcast, in units of ‖W‖ (Frobenius)."""
+"""Largest accepted s·‖B‖·‖A‖ + ‖R_b·R_a‖ of a broadcast, in units of ‖W‖ (Frobenius)."""
 
 LARGEST_HEAD = 1000.0
 """Largest accepted Frobenius norm of a broadcast head array."""
@@ -154,11 +157,11 @@ class LocalTrainer:
             train: Roles that train; each needs an array.
 
         Raises:
-            ValueError: An array that trains is missing, one is unknown, of another
-                shape, not finite, or too large (`LARGEST_UPDATE`, `LARGEST_HEAD`),
-                or a role has no array.
+            ValueError: An array that trains is missing, one is unknown, does not fit
+                (`AdaptedModel.check`), is not finite, or too large (`LARGEST_UPDATE`,
+                `LARGEST_HEAD`), or a role has no array.
         """
-        self._adapted.check(parts)
+        self._adapted.check({**self._fresh, **parts})
         expected = self._adapted.parameters()
         if missing := sorted(key for key in expected.keys() - parts.keys() if key.role in train):
             raise ValueError(f"parts lack {missing[0].site}/{missing[0].role}, which would train")
@@ -176,12 +179,13 @@ class LocalTrainer:
         Huge factors amplify that rounding until the sum's sensitivity exceeds C.
         """
         for site, limit in self._limits.items():
-            b, a = parts[PartKey(site.name, Role.B)], parts[PartKey(site.name, Role.A)]
-            size = site.scaling * float(b.norm()) * float(a.norm())
-            if not size <= limit:
+            rest = residual_of(site, parts)
+            size, added = _update_size(site, parts), product_norm(rest) if rest else 0.0
+            if not size + added <= limit:
                 raise ValueError(
-                    f"{site.name}: s·‖B‖·‖A‖ = {size:.3g} must be ≤ {limit:.3g}, "
-                    f"{LARGEST_UPDATE:g} times the norm of the base weight"
+                    f"{site.name}: s·‖B‖·‖A‖ = {size:.3g} and a residual of norm {added:.3g} must "
+                    f"be ≤ {limit:.3g} together, {LARGEST_UPDATE:g} times the norm of the base "
+                    "weight"
                 )
         for key, value in parts.items():
             if key.role is Role.HEAD and not float(value.norm()) <= LARGEST_HEAD:
@@ -361,6 +365,21 @@ class LocalTrainer:
         if settings.optimizer == "adam":
             return torch.optim.Adam(groups)
         return torch.optim.SGD(groups, momentum=settings.momentum)
+
+
+def _update_size(site: AdapterSite, parts: Parts) -> float:
+    """Return s·‖B‖·‖A‖ (Frobenius), and with a core R s·‖B‖₂·‖R‖·‖A‖₂.
+
+    Both bound the update and what rounding makes of the factors' product. B and A of a
+    core are bases: their Frobenius norms are √r each, whatever R is.
+    """
+    b, a, core = (parts.get(PartKey(site.name, role)) for role in (Role.B, Role.A, Role.CORE))
+    if b is None or a is None:
+        raise ValueError(f"parts lack a or b of {site.name}")
+    if core is None:
+        return site.scaling * float(b.norm()) * float(a.norm())
+    widest = (float(torch.linalg.matrix_norm(value.float(), ord=2)) for value in (b, a))
+    return site.scaling * float(core.norm()) * math.prod(widest)
 
 
 def _numbered(unit_index: Integers) -> tuple[Integers, Integers]:

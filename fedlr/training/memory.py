@@ -38,6 +38,7 @@ def rows_that_fit(
     gradients: str,
     longest: int,
     say: Callable[[str], None] = lambda _: None,
+    kept: int = 0,
 ) -> int:
     """Return a physical batch for the memory that is free: a power of two in [1, `MOST_ROWS`].
 
@@ -50,6 +51,7 @@ def rows_that_fit(
         gradients: Key of `fedlr.privacy.gradients.GRADIENTS`.
         longest: Tokens that an example is cut at, ≥ 1.
         say: Told what was found.
+        kept: Bytes, ≥ 0, that a round takes beside its passes and that are not taken yet.
 
     Guarantees:
         Rows, lengths and units are made up. It depends on the machine's free memory, and so
@@ -74,7 +76,7 @@ def rows_that_fit(
             say("one row does not fit the free memory; a pass has 1 row")
             return 1
         rows //= 2
-    budget = _SHARE * free_bytes(device)
+    budget = _SHARE * max(0, free_bytes(device) - kept)
     found = power_of_two(budget * rows / max(used, 1))
     say(
         f"a pass has {found} rows: {used / rows / 1e6:.1f} MB a row of {longest} tokens, "

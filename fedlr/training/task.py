@@ -22,8 +22,10 @@ class LocalTask:
 
     Attributes:
         parts: Broadcast arrays, written before the first step; the others start
-            as they were when the trainer was made (B = 0), not as an earlier
-            client or round left them.
+            as they were when the trainer was made (B = 0, a core the identity), not as
+            an earlier client or round left them. A residual is part of the base for the
+            round. Where A, B and a core of a site are cut to its leading k columns, the
+            others do not exist: k columns train, are clipped, get noise and come back.
         train: Roles that train.
         sample_rate: q, probability of each unit in each step.
         mechanism: Clip, noise and divisor; None trains plainly (privacy off).

@@ -21,7 +21,7 @@ from fedlr.training.base import weights_digest
 from fedlr.training.classifier import Classifier
 from fedlr.training.heads import LinearHead
 from tests.data.helpers import word_tokenizer
-from tests.models import CLASSES, FAMILIES, RANK, Tiny, encoder, modules_of, rows, tiny
+from tests.models import CLASSES, FAMILIES, RANK, Tiny, cored, encoder, modules_of, rows, tiny
 
 BATCH = rows([5, 3, 8]).batch(np.array([0, 1, 2]))
 TOLERANCE = 1e-4  # float32: the sum over layers is taken in another order
@@ -144,6 +144,57 @@ def test_a_residual_is_part_of_both_forms(tmp_path: Path, ranks: int | tuple[int
     assert torch.allclose(features(merge(result)), expected, rtol=0, atol=TOLERANCE)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert settings["r"] == RANK + largest
+
+
+@pytest.mark.parametrize("ranks", [0, 3])
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_a_core_is_multiplied_into_b(tmp_path: Path, form: str, ranks: int) -> None:
+    """As saved: B·R and A of the same rank; with a residual, stacked onto it."""
+    model = cored()
+    parts = {**random_parts(model), **residual(model, ranks)}
+    cores = model.adapted.read({Role.CORE})
+    whole, plain = {**parts, **cores}, tiny()
+    products = {
+        PartKey(key.site, Role.B): parts[PartKey(key.site, Role.B)] @ core
+        for key, core in cores.items()
+    }
+    expected = reference("bert", plain, {**parts, **products})
+    assert not torch.allclose(reference("bert", plain, parts), expected, rtol=0, atol=1e-2)
+    result = trained(model, whole)
+    assert result.rank() == RANK + ranks
+    model.adapted.write(whole)
+    assert torch.allclose(features(model.adapted.encoder), expected, rtol=0, atol=TOLERANCE)
+    if form == "merged":
+        found = features(merge(result))
+    else:
+        save_adapter(result, tmp_path, BASE, CARD)
+        found = features(loaded(encoder("bert"), tmp_path))
+        saved = load_file(tmp_path / "adapter_model.safetensors")
+        assert len(saved) == 2 * len(cores)
+        for key, product in products.items() if ranks == 0 else ():
+            name = f"base_model.model.{key.site}"
+            assert torch.equal(saved[f"{name}.lora_B.weight"], product)
+            a = parts[PartKey(key.site, Role.A)]
+            assert torch.equal(saved[f"{name}.lora_A.weight"], a)
+    assert torch.allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_what_the_live_model_holds_does_not_count(tmp_path: Path) -> None:
+    """A residual of the last evaluation, or the fewer columns of the last client."""
+    model = tiny()
+    parts = {**random_parts(model), **residual(model, 2)}
+    expected = reference("bert", model, parts)
+    narrow = {
+        key: value[:1] if key.role is Role.A else value[:, :1]
+        for key, value in model.parts().items()
+        if key.role is not Role.HEAD
+    }
+    result = trained(model, parts)
+    for left in ({**parts}, residual(model, 3), narrow):
+        model.adapted.write(left)
+        save_adapter(result, tmp_path, BASE, CARD)
+        for found in (merge(result), loaded(encoder("bert"), tmp_path)):
+            assert torch.allclose(features(found), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

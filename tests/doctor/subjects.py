@@ -7,11 +7,12 @@ from typing import Any
 from fedlr.config import from_mapping
 from fedlr.doctor.subject import Subject
 from fedlr.lowrank.subspace import SUBSPACES
+from fedlr.methods.method import Role
 from fedlr.methods.registry import build
 from fedlr.restore import RunModel
 from fedlr.training.base import BaseModel
 from tests.data.helpers import word_tokenizer
-from tests.models import CLASSES, LONGEST, tiny
+from tests.models import CLASSES, LONGEST, cored, tiny
 
 
 def subject(family: str = "bert", on: tuple[int, ...] | None = None, **sections: Any) -> Subject:
@@ -24,9 +25,9 @@ def subject(family: str = "bert", on: tuple[int, ...] | None = None, **sections:
     for section, changes in sections.items():
         values[section] = {**values.get(section, {}), **changes}
     config = from_mapping(values)
-    made = tiny(family, on=on)
+    method = build(config.method.name, SUBSPACES[config.subspace.kind])
+    made = (cored if Role.CORE in method.facts.trains else tiny)(family, on=on)
     base = BaseModel(made.adapted.encoder, word_tokenizer(), "", "", "tiny")
     labels = tuple(f"label {index}" for index in range(CLASSES))
     model = RunModel(config, base, made.adapted, made.classifier.head, labels)
-    method = build(config.method.name, SUBSPACES[config.subspace.kind])
     return Subject.of(model, method, noise_multiplier=0.7)

@@ -20,7 +20,14 @@ from tests.doctor.subjects import subject
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"family": "roberta", "method": {"name": "head_only"}, "on": (1,)}], ids=str
+    "changes",
+    [
+        {},
+        {"family": "roberta", "method": {"name": "head_only"}, "on": (1,)},
+        {"method": {"name": "fed_sb"}},
+        {"method": {"name": "flora"}},
+    ],
+    ids=str,
 )
 def test_honest_factors_survive(changes: dict[str, Any]) -> None:
     one = subject(**changes)

@@ -42,6 +42,8 @@ HONEST: list[dict[str, Any]] = [
     {"kernels": {"gradients": "autograd"}, "method": {"name": "head_only"}},
     {"method": {"name": "fedavg_lora"}, "optimizer": {"name": "adam"}, "on": (1,)},
     {"privacy": {"clip_norm": 1e6}},
+    {"method": {"name": "fed_sb"}},
+    {"method": {"name": "flora"}},
     {"privacy": {"unit": "user", "rows_per_user": 2}},
     {"privacy": {"clip_norm": 1e-4, "head_share": 0.3}, "method": {"name": "ffa_lora"}},
 ]

@@ -19,7 +19,7 @@ from fedlr.privacy.gradients import (
     CapturedGradients,
     UnitGradients,
 )
-from tests.models import FAMILIES, LONGEST, WIDTH, Tiny, rows, tiny
+from tests.models import FAMILIES, LONGEST, RANK, WIDTH, Tiny, cored, rows, tiny
 
 # A float32 sum of n products is off by at most n·eps relatively to Σ|·|; the longest
 # ones here run over the tokens and the width of a row.
@@ -29,6 +29,11 @@ ROLES = [
     frozenset({Role.B}),
     frozenset({Role.B, Role.HEAD}),
     frozenset({Role.A, Role.B, Role.HEAD}),
+]
+CORES = [
+    frozenset({Role.CORE}),
+    frozenset({Role.CORE, Role.HEAD}),
+    frozenset({Role.A, Role.B, Role.CORE, Role.HEAD}),
 ]
 DATA = rows([5, LONGEST, 3, 7, 1, 4])
 
@@ -69,6 +74,36 @@ def test_three_paths_agree(family: str, roles: frozenset[Role]) -> None:
     for kind in ("captured", "opacus"):
         assert_same(compute(model, kind, roles, drawn, units), expected)
     assert {key.role for key in expected} == roles
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("roles", CORES, ids=lambda roles: "+".join(sorted(roles)))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_paths_agree_on_cores(family: str, roles: frozenset[Role]) -> None:
+    """Also recomputed, and where A and B beside a core train: δ of A comes through it."""
+    drawn, units = [0, 1, 2, 3, 4, 5], [0, 1, 0, 2, 1, 0]
+    expected = compute(cored(family), "autograd", roles, drawn, units)
+    cores = [value for key, value in expected.items() if key.role is Role.CORE]
+    assert {value.shape[1:] for value in cores} == {(RANK, RANK)}
+    assert min(float(value.flatten(1).norm(dim=1).min()) for value in cores) > 0
+    for kind in ("captured", "opacus"):
+        for checkpointing in (False, True):
+            model = cored(family, checkpointing=checkpointing)
+            assert_same(compute(model, kind, roles, drawn, units), expected)
+
+
+def test_the_gradient_of_a_core_is_that_of_its_place_between_a_and_b() -> None:
+    """∂loss/∂R = Bᵀ·(∂loss/∂(B·R))·1: with R = 1 it is Bᵀ times the gradient of B."""
+    model = cored()
+    model.adapted.write({k: torch.eye(RANK) for k in model.adapted.read({Role.CORE})})
+    roles = frozenset({Role.CORE, Role.B})
+    found = compute(model, "captured", roles, [0, 1, 2], [0, 1, 1])
+    for site in model.adapted.sites:
+        b = model.parts()[PartKey(site.name, Role.B)]
+        of_b = found[PartKey(site.name, Role.B)]
+        core = found[PartKey(site.name, Role.CORE)]
+        assert torch.allclose(b @ core, b @ b.T @ of_b, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(core, b.T @ of_b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")

@@ -11,7 +11,7 @@ import torch
 
 from fedlr.methods.method import PartKey, Role
 from fedlr.training.evaluate import Evaluator
-from tests.models import CLASSES, CPU, LONGEST, Tiny, rows, tiny
+from tests.models import CLASSES, CPU, LONGEST, Tiny, cored, rows, tiny
 
 DATA = rows([5, 3, LONGEST, 7, 2, 9, 4, 6, 3, 8, 5])
 
@@ -45,7 +45,25 @@ def test_it_evaluates_the_parts_that_it_is_given() -> None:
     assert accuracy == float((DATA.labels == 0).mean())  # ties go to the first class
     other = {**parts, PartKey("head.output.bias", Role.HEAD): torch.tensor([0.0, 0.0, 50.0])}
     assert measure(other)[0] == float((DATA.labels == 2).mean())
-    assert measure({**parts, PartKey("x", Role.RESIDUAL_A): torch.zeros(1)}) == before
+    assert measure({**parts, PartKey("x", Role.ROTATION): torch.zeros(1)}) == before
+
+
+def test_residuals_and_cores_are_evaluated() -> None:
+    """A residual that takes s·B·A away, and a core of zeros, leave what B = 0 gives."""
+    model, with_cores = tiny(), cored()
+    parts = model.parts()
+    zero = {k: torch.zeros_like(v) if k.role is Role.B else v for k, v in parts.items()}
+    expected, there = evaluator(model)(zero)[1], evaluator(model)(parts)[1]
+    assert abs(expected - there) > 1e-3
+    against = dict(parts)
+    for site in model.adapted.sites:
+        b, a = parts[PartKey(site.name, Role.B)], parts[PartKey(site.name, Role.A)]
+        against[PartKey(site.name, Role.RESIDUAL_B)] = -site.scaling * b
+        against[PartKey(site.name, Role.RESIDUAL_A)] = a
+    assert evaluator(model)(against)[1] == pytest.approx(expected, rel=1e-4)
+    assert evaluator(model)(parts)[1] == there  # and is gone again
+    cores = {k: v * 0 for k, v in with_cores.adapted.read({Role.CORE}).items()}
+    assert evaluator(with_cores)({**parts, **cores})[1] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_model_that_diverged_has_an_infinite_loss() -> None:

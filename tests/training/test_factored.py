@@ -18,7 +18,7 @@ from fedlr.methods.method import PartKey, Role
 from fedlr.privacy.factored import Factored, FactoredGradients, dense
 from fedlr.privacy.gradients import AutogradGradients
 from fedlr.training.fused import train_together
-from tests.models import LONGEST, MOVABLE, Tiny, rows, settings, tiny, units_of
+from tests.models import LONGEST, MOVABLE, Tiny, cored, rows, settings, tiny, units_of
 from tests.training.test_local import task
 
 B, HEAD, ALL = frozenset({Role.B}), frozenset({Role.B, Role.HEAD}), MOVABLE
@@ -58,6 +58,15 @@ def test_factors_are_the_gradients_of_each_unit(family: str, roles: frozenset[Ro
             factors = torch.rand(5)
             whole = torch.einsum("u,umr->mr", factors, expected[key])
             assert torch.allclose(value.clipped_sum(factors), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_a_round_on_cores_is_the_same_whether_or_not_gradients_are_formed(family: str) -> None:
+    roles = frozenset({Role.CORE, Role.HEAD})
+    expected = trained(cored(family), roles)
+    assert_close(trained(cored(family), roles, kernel=naive_sum, physical_batch=3), expected)
+    start = cored(family).adapted.read(roles)
+    assert all(float((value - start[key]).norm()) > 1e-3 for key, value in expected.items())
 
 
 @pytest.mark.parametrize("size", [1, 3, 64])

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from fedlr.data.batching import UnitIndex
-from fedlr.methods.method import PartKey, Role
+from fedlr.methods.method import MODEL_ROLES, PartKey, Role
 from fedlr.privacy.dpsgd import Mechanism, clip_groups
 from fedlr.privacy.noise import public_stream, secret_stream
 from fedlr.training.fused import RowWise, can_fuse, train_together
 from fedlr.training.local import LocalTask
-from tests.models import LONGEST, MOVABLE, Tiny, rows, tiny, units_of
+from tests.models import LONGEST, MOVABLE, RANK, WIDTH, Tiny, cored, rows, tiny, units_of
 
 B, HEAD, ALL = frozenset({Role.B}), frozenset({Role.B, Role.HEAD}), MOVABLE
+CORES = frozenset({Role.CORE, Role.HEAD})
 DATA = rows([5, 3, LONGEST, 7, 2, 9, 4, 6, 3, 8, 5, 5])
 UNITS = [
     units_of([1, 2, 1]),
@@ -77,6 +78,73 @@ def test_fused_is_one_after_the_other(size: int, train: frozenset[Role]) -> None
     trainer = model.trainer(DATA, **settings)
     assert can_fuse(trainer, tasks(model, train))
     assert_same(train_together(trainer, tasks(model, train), UNITS), expected, tiny().parts())
+
+
+@pytest.mark.parametrize("train", [CORES, frozenset({Role.A, Role.B, Role.CORE})], ids=len)
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_cores_are_each_client_s_own(family: str, train: frozenset[Role]) -> None:
+    model, start = cored(family), cored(family).adapted.read(MODEL_ROLES)
+    expected = alone(cored(family), tasks(model, train, parts=start), steps=3)
+    trainer, todo = model.trainer(DATA, steps=3), tasks(model, train, parts=start)
+    assert can_fuse(trainer, todo)
+    assert_same(train_together(trainer, todo, UNITS), expected, start)
+
+
+def cut(parts: dict[PartKey, Tensor], rank: int) -> dict[PartKey, Tensor]:
+    """The leading ``rank`` columns of every B and rows of every A."""
+    kept = {Role.A: lambda value: value[:rank], Role.B: lambda value: value[:, :rank]}
+    return {key: kept.get(key.role, lambda value: value)(value) for key, value in parts.items()}
+
+
+def test_clients_of_one_rank_share_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks 1, 2, 1, 2: two passes for four clients, and each gets back its own rank."""
+    model, start = tiny(), tiny().parts()
+    ranks = (1, RANK, 1, RANK)
+    todo = [
+        replace(task, parts=cut(start, rank))
+        for task, rank in zip(tasks(model), ranks, strict=True)
+    ]
+    settings = {"steps": 2, "physical_batch": 4}
+    expected = alone(tiny(), [replace(t, **fresh(n)) for n, t in enumerate(todo)], **settings)
+    together: list[int] = []
+    fused = RowWise.of
+    monkeypatch.setattr(
+        RowWise, "of", lambda self, arrays: (together.append(len(arrays)), fused(self, arrays))[1]
+    )
+    trainer = model.trainer(DATA, **settings)
+    assert not can_fuse(trainer, todo)
+    found = train_together(trainer, todo, UNITS)
+    assert set(together) == {2}
+    for first, rank in enumerate(ranks[:2]):
+        assert_same(found[first::2], expected[first::2], cut(start, rank))
+
+
+def fresh(number: int) -> dict[str, Any]:
+    """The streams of a client's task, from their beginning."""
+    return {
+        "sampling": public_stream("sampling", number),
+        "noise": public_stream("noise", number),
+    }
+
+
+def test_a_residual_is_shared_or_keeps_clients_apart() -> None:
+    model = tiny()
+    base, names = tiny().parts(), [site.name for site in model.adapted.sites]
+    draws = torch.Generator().manual_seed(3)
+    for name in names:
+        base[PartKey(name, Role.RESIDUAL_B)] = 0.1 * torch.randn(WIDTH, 3, generator=draws)
+        base[PartKey(name, Role.RESIDUAL_A)] = torch.randn(3, WIDTH, generator=draws)
+    expected = alone(tiny(), tasks(model, parts=base), steps=2)
+    without = alone(tiny(), tasks(model, parts=tiny().parts()), steps=2)
+    trainer = model.trainer(DATA, steps=2)
+    assert can_fuse(trainer, tasks(model, parts=base))
+    found = train_together(trainer, tasks(model, parts=base), UNITS)
+    assert_same(found, expected, base)
+    key = next(iter(found[0]))
+    assert not torch.allclose(found[0][key], without[0][key], rtol=0, atol=1e-4)
+    moved = {k: v + 0.1 if k.role is Role.RESIDUAL_B else v for k, v in base.items()}
+    first, *others = tasks(model, parts=base)
+    assert not can_fuse(trainer, [replace(first, parts=moved), *others])
 
 
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "albert"])

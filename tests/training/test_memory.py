@@ -59,17 +59,29 @@ def found(
     free: float,
     model: Tiny | None = None,
     say: Callable[[str], None] = lambda _: None,
+    kept: int = 0,
 ) -> int:
     monkeypatch.setattr(memory, "free_bytes", lambda _: int(free))
     used = tiny() if model is None else model
     trained: dict[PartKey, torch.nn.Parameter] = used.adapted.select_trained(ROLES)
-    return rows_that_fit(used.classifier, trained, "captured", LONGEST, say)
+    return rows_that_fit(used.classifier, trained, "captured", LONGEST, say, kept)
 
 
 def test_more_memory_gives_more_rows_of_a_power_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     row = live_bytes(tiny(), "captured", 8) / 8
     sizes = [found(monkeypatch, share * row) for share in (0, 1, 9, 33, 1e9)]
     assert sizes == [1, 1, 4, 16, 256]
+
+
+def test_what_a_round_keeps_beside_its_passes_is_not_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row = live_bytes(tiny(), "captured", 8) / 8
+    kept = int(24 * row)
+    assert found(monkeypatch, 33 * row) == 16
+    assert found(monkeypatch, 33 * row + kept, kept=kept) == 16
+    assert found(monkeypatch, 33 * row, kept=kept) == 4
+    assert found(monkeypatch, row, kept=kept) == 1
 
 
 def test_the_size_is_announced_and_the_model_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
