@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from fedlr import checks
-from fedlr.methods.method import Role
+from fedlr.methods.method import PartKey, Role
 from fedlr.privacy.accounting import Accountant
 from fedlr.privacy.limits import Limits
 from fedlr.training.jobs import Job
@@ -40,6 +42,7 @@ class SitePolicy:
         bases: sha256 of base weights that jobs may be made for; None allows all.
         rows_per_user: Rows of one user that a step uses at most; None has no bound of
             its own.
+        max_rank: Most columns of a B (rows of an A) that it trains, ≥ 1; None has no bound.
     """
 
     client: str
@@ -61,6 +64,7 @@ class SitePolicy:
     train: frozenset[Role] | None = None
     bases: frozenset[str] | None = None
     rows_per_user: int | None = None
+    max_rank: int | None = None
 
     def __post_init__(self) -> None:
         checks.one_of("mode", self.mode, ("dp", "dry", "none"))
@@ -70,6 +74,8 @@ class SitePolicy:
         checks.non_negative("noise_multiplier", self.noise_multiplier)
         checks.at_least("max_joins", self.max_joins, 1)
         checks.positive("epsilon", self.epsilon)
+        if self.max_rank is not None:
+            checks.at_least("max_rank", self.max_rank, 1)
         for name in ("epsilon_per_run", "epsilon_per_month"):
             if getattr(self, name) is not None:
                 checks.positive(name, getattr(self, name))
@@ -90,6 +96,9 @@ class SitePolicy:
             return f"train = {sorted(extra)} is not among {sorted(self.train)}"
         if self.bases is not None and job.provenance.base not in self.bases:
             return f"base = {job.provenance.base} is not among the allowed base models"
+        widest = max((_columns(key, value) for key, value in job.parts.items()), default=0)
+        if self.max_rank is not None and widest > self.max_rank:
+            return f"the job has {widest} columns, of which {self.max_rank} are allowed"
         return None
 
 
@@ -113,8 +122,15 @@ def tighten(policy: SitePolicy, limits: Limits) -> SitePolicy:
         rows_per_user=limits.rows_per_user,
         train=limits.train,
         bases=limits.bases,
+        max_rank=_least(policy.max_rank, limits.max_rank),
     )
 
 
+def _columns(key: PartKey, value: Tensor) -> int:
+    """Return the rank that an array gives its site, 0 for one that gives none."""
+    axis = {Role.A: 0, Role.B: 1, Role.CORE: 1}.get(key.role)
+    return 0 if axis is None or value.ndim != 2 else value.shape[axis]
+
+
 def _least(one: Any, other: Any) -> Any:
-    return one if other is None else min(one, other)
+    return min((bound for bound in (one, other) if bound is not None), default=None)

@@ -58,13 +58,13 @@ def make_sites(workbench: Workbench, order: SiteOrder | None) -> list[Site]:
             )
     return [
         Site(
-            policy=_policy(workbench.config, plan, policies.get(plan.name)),
+            policy=_policy(workbench.config, index, plan, policies.get(plan.name)),
             units=plan.units,
             trainer=workbench.trainer,
             ledger=_ledger(order, plan.name),
             provenance=workbench.provenance,
         )
-        for plan in workbench.clients
+        for index, plan in enumerate(workbench.clients)
     ]
 
 
@@ -163,7 +163,8 @@ class UnreachableLedger:
         )
 
 
-def _policy(config: RunConfig, plan: ClientPlan, limits: Limits | None) -> SitePolicy:
+def _policy(config: RunConfig, index: int, plan: ClientPlan, limits: Limits | None) -> SitePolicy:
+    ranks = config.adapter.rank_by_client
     policy = SitePolicy(
         client=plan.name,
         mode=config.privacy.mode,
@@ -178,6 +179,7 @@ def _policy(config: RunConfig, plan: ClientPlan, limits: Limits | None) -> SiteP
         max_joins=max_joins(config),
         accountant=config.privacy.accountant,
         public_seed=config.seed,
+        max_rank=None if ranks is None else ranks[index],
     )
     return policy if limits is None else tighten(policy, limits)
 

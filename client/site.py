@@ -24,6 +24,7 @@ from fedlr.privacy.booking import DAY_S, MONTH_DAYS, Booking, History, JobKey, L
 from fedlr.privacy.dpsgd import Mechanism, clip_groups
 from fedlr.privacy.events import Release
 from fedlr.privacy.noise import Stream, task_streams
+from fedlr.training.downlink import Basis, completed
 from fedlr.training.jobs import Abstention, Job, Provenance, SiteStatus, job_digest
 from fedlr.training.local import LocalTask, LocalTrainer
 
@@ -81,6 +82,7 @@ class Site:
         self._ledger = ledger
         self._provenance = provenance
         self._released: tuple[tuple[str, int], Parts] | None = None
+        self._basis: Basis | None = None
 
     def status(self) -> SiteStatus:
         """Announce the site; every field is public."""
@@ -91,6 +93,7 @@ class Site:
             noise_multiplier=policy.noise_multiplier,
             delta=policy.delta if policy.mode == "dp" else 0.0,
             provenance=self._provenance,
+            rank=policy.max_rank,
         )
 
     def train_many(self, jobs: Sequence[Job]) -> list[ClientUpdate | Abstention]:
@@ -144,16 +147,35 @@ class Site:
     def _prepare(self, job: Job) -> Prepared | ClientUpdate | Abstention:
         if job.provenance != self._provenance:
             return self._abstain("provenance")
+        if job.rotated is not None:
+            return self._complete_job(job)
         released = {} if job.train else self._released_in(job)
         if released is None:
             return self._abstain("no_release")
         if problem := self._problem(job, released):
-            _log.error("%s: the job does not fit: %s", self.policy.client, problem)
-            return self._abstain("bad_job")
+            return self._bad_job(problem)
         if refusal := self.policy.refuses(job):
             _log.error("%s: the policy does not allow it: %s", self.policy.client, refusal)
             return self._abstain("policy")
         return self._booked(job) if job.train else self._project(job, released)
+
+    def _complete_job(self, job: Job) -> Prepared | ClientUpdate | Abstention:
+        """Go on with the job whose A's the rotations stand for; nothing is booked before."""
+        try:
+            found = completed(job, self._basis)
+        except ValueError as error:
+            return self._bad_job(error)
+        if found is None:
+            return self._abstain("no_base")
+        whole, basis = found
+        answer = self._prepare(whole)
+        if not isinstance(answer, Abstention) or answer.code not in ("bad_job", "policy"):
+            self._basis = basis
+        return answer
+
+    def _bad_job(self, problem: object) -> Abstention:
+        _log.error("%s: the job does not fit: %s", self.policy.client, problem)
+        return self._abstain("bad_job")
 
     def _problem(self, job: Job, released: Parts) -> str | None:
         """Say what is wrong with a job, before anything is reserved for it."""

@@ -17,9 +17,9 @@ from fedlr.methods import shared
 from fedlr.methods.method import ClientUpdate, GlobalState, PartKey, Phase, Role
 from fedlr.training.jobs import Abstention
 
-LARGEST_NORM = 1e18
-"""Norm above which an array is refused in any case: the product of two larger
-ones would leave the range of float32 and spoil the model of all."""
+LARGEST_NORM = 1e15
+"""Norm above which an array is refused in any case: products of two arrays, added up over
+any number of rounds, must stay in the range of float32, or no method could go on."""
 
 
 def check_claims(update: ClientUpdate | Abstention, client: str) -> None:
@@ -49,7 +49,8 @@ def check_update(
     Args:
         update: The update as received.
         state: The state whose broadcast the site trained from.
-        phase: Its ``send`` fixes the part keys, exactly.
+        phase: Its ``send`` fixes the part keys, exactly; its ``rank``, the client's own,
+            the shapes.
         bound: Largest Frobenius norm of the change of one array against the
             broadcast, > 0; None sets no bound. An array that was not broadcast
             is a projection of B on an orthonormal basis, and its own norm must

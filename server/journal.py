@@ -8,6 +8,7 @@ ones, and a site that was paid for answers with the same update.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ JOURNAL, CHECKPOINT, SENDING, HEAD = (
     "sending.json",
     "head.safetensors",
 )
-_SCHEMA = "fedlr.journal.1"
+_SCHEMA, _WITHOUT_RANKS = "fedlr.journal.2", "fedlr.journal.1"
 _LOCK_S = 0.5
 """A report that looks whether a run is going on holds the lock for less."""
 
@@ -51,6 +52,8 @@ class _Header:
     steps: Mapping[str, int]
     epsilon: Mapping[str, float]
     accuracy_start: float | None
+    ranks: tuple[Mapping[str, int], ...]
+    holders: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def read_checkpoint(folder: Path, layout: Layout) -> Checkpoint | None:
         return None
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = strict_json.decode(_Header, (file.metadata() or {})["header"])
+            header = strict_json.decode(_Header, _migrated((file.metadata() or {})["header"]))
             arrays = {name: file.get_tensor(name) for name in header.order}
         if header.schema != _SCHEMA:
             raise ValueError(f"its schema is {header.schema!r}, this program knows {_SCHEMA!r}")
@@ -170,6 +173,7 @@ def read_checkpoint(folder: Path, layout: Layout) -> Checkpoint | None:
         steps=header.steps,
         epsilon=header.epsilon,
         accuracy_start=header.accuracy_start,
+        holders=header.holders,
     )
 
 
@@ -208,8 +212,19 @@ def _encode(checkpoint: Checkpoint) -> bytes:
         steps=checkpoint.steps,
         epsilon=checkpoint.epsilon,
         accuracy_start=checkpoint.accuracy_start,
+        ranks=tuple(state.ranks for state in states),
+        holders=checkpoint.holders,
     )
     return safetensors.torch.save(arrays, metadata={"header": strict_json.encode(header)})
+
+
+def _migrated(text: str) -> str:
+    """Return a header as it is written today; one without ranks tells of a run that had none."""
+    found = json.loads(text)
+    if isinstance(found, dict) and found.get("schema") == _WITHOUT_RANKS:
+        states = len(found.get("rounds", ()))
+        return json.dumps({**found, "schema": _SCHEMA, "ranks": [{}] * states, "holders": {}})
+    return text
 
 
 def _states(
@@ -218,12 +233,15 @@ def _states(
     """Return the states in ``arrays``; ValueError where there is none."""
     if not header.rounds or not 0 <= header.recent <= len(header.rounds):
         raise ValueError("it holds no state")
+    if len(header.ranks) != len(header.rounds):
+        raise ValueError(f"it has the ranks of {len(header.ranks)} of {len(header.rounds)} states")
     return tuple(
         GlobalState(
             layout=layout,
             parts=_parts(arrays, number, "parts"),
             round=done,
             memory=_parts(arrays, number, "memory"),
+            ranks=header.ranks[number],
         )
         for number, done in enumerate(header.rounds)
     )

@@ -30,7 +30,8 @@ class StrategyConfig:
             always evaluated.
         average_rounds: The result is the mean of this many last states, ≥ 1.
         weights: ``uniform``; ``declared``: by the size each site declares;
-            ``inverse_variance``: by 1/σ² of the noise each site announces.
+            ``inverse_variance``: by 1/σ² of the noise each site announces
+            (`server.weights`). Both take the sites at their word.
         update_norm_bound: Largest Frobenius norm of the change of one array,
             > 0; None sets no bound.
         round_timeout_s: Seconds to wait for a phase's replies, > 0; None waits
@@ -82,6 +83,9 @@ class Checkpoint:
         steps: Local steps over those rounds, by client.
         epsilon: Latest ε that each client reported; empty where privacy is off.
         accuracy_start: Accuracy before round 0; None if not evaluated.
+        holders: Digest of the basis that each client is believed to hold
+            (`fedlr.training.downlink`). A belief: where it is wrong, the client says so
+            and is sent the basis, which costs an exchange and changes no result.
 
     Raises:
         ValueError: ``state`` is inside a round.
@@ -94,6 +98,7 @@ class Checkpoint:
     steps: Mapping[str, int] = field(default_factory=dict)
     epsilon: Mapping[str, float] = field(default_factory=dict)
     accuracy_start: float | None = None
+    holders: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.state.phase != 0:

@@ -12,16 +12,20 @@ from flwr.app import Message
 
 from fedlr.adapters import codec
 from fedlr.errors import BadUpdate
-from fedlr.methods.method import ClientUpdate, GlobalState, Phase
+from fedlr.methods.method import ClientUpdate, GlobalState
 from fedlr.report.records import Refusal
 from fedlr.training.jobs import Abstention
 from server.checking import check_claims, check_update
+from server.dispatch import Order
 from server.membership import Member
 from server.messages import read_outcome
 
 FAILED, NO_ANSWER, QUORUM = "failed", "no_answer", "quorum"
 """Codes the server itself refuses with: an error reply, no reply in time, and a
 valid update of a round that too few clients joined."""
+
+_NO_BASE = "no_base"
+"""Code of a site that lacks the basis which a job relies on (`fedlr.training.jobs`)."""
 
 _log = logging.getLogger("fedlr.server")
 
@@ -35,7 +39,11 @@ class OpenRound:
         cohort: Clients drawn for the round.
         standing: Those whose updates of all phases so far were accepted; only
             they are asked in the next phase.
-        asked: The messages of the current phase, sent already, with their receivers.
+        asked: What was sent last, and not answered yet.
+        lacking: Orders of the phase that are to be sent again, with the basis: their
+            clients answered that they have not got it.
+        holders: Digest of the basis by client, as this round's answers tell; empty text
+            for a client that lacks it.
         refused: Clients that dropped out, each with its code.
         steps: Local steps of accepted updates by client.
         epsilon: ε reported in this round by client, refused updates included:
@@ -49,7 +57,9 @@ class OpenRound:
     state: GlobalState
     cohort: tuple[Member, ...]
     standing: tuple[Member, ...]
-    asked: list[tuple[Message, Member]] = field(default_factory=list)
+    asked: list[Order] = field(default_factory=list)
+    lacking: list[Order] = field(default_factory=list)
+    holders: dict[str, str] = field(default_factory=dict)
     refused: list[Refusal] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
     epsilon: dict[str, float] = field(default_factory=dict)
@@ -57,44 +67,54 @@ class OpenRound:
     bytes_up: int = 0
     server_s: float = 0.0
     began: float = field(default_factory=time.monotonic)
+    _accepted: dict[Member, ClientUpdate] = field(default_factory=dict)
+    _codes: dict[Member, str] = field(default_factory=dict)
 
     @property
     def number(self) -> int:
         """Number of the round as people count, from 1."""
         return self.state.round + 1
 
+    def sent(self, orders: list[Order]) -> list[Message]:
+        """Note what goes out now, and return it."""
+        self.asked, self.lacking = orders, []
+        self.bytes_down += sum(order.size for order in orders)
+        return [order.message for order in orders]
+
     def receive(
         self,
         replies: Iterable[Message],
-        phase: Phase,
         bound: float | None,
         answered: Callable[[str, int], None],
-    ) -> list[ClientUpdate]:
-        """Sort the replies of a phase into accepted updates and refusals.
+    ) -> None:
+        """Sort replies into accepted updates, refusals and `lacking`.
 
         Args:
-            replies: In any order; strangers and second replies are ignored.
-            phase: What was asked for.
+            replies: To what was `sent` last, in any order; strangers and second replies
+                are ignored.
             bound: As in `server.checking.check_update`.
             answered: Told (client, steps) as each reply is read.
-
-        Returns:
-            Accepted updates in client order.
         """
-        open_orders = {message.metadata.message_id: member for message, member in self.asked}
-        accepted: dict[Member, ClientUpdate] = {}
-        codes: dict[Member, str] = {}
+        open_orders = {order.message.metadata.message_id: order for order in self.asked}
         for reply in replies:
-            member = open_orders.pop(reply.metadata.reply_to_message_id, None)
-            if member is None:
+            order = open_orders.pop(reply.metadata.reply_to_message_id, None)
+            if order is None:
                 continue
-            judged = self._judge(reply, member, phase, bound)
+            judged = self._judge(reply, order, bound)
+            if judged == _NO_BASE and not order.whole:
+                self.lacking.append(order)
+                continue
             if isinstance(judged, str):
-                codes[member] = judged
+                self._codes[order.member] = judged
             else:
-                accepted[member] = judged
-            answered(member.client, 0 if isinstance(judged, str) else judged.steps)
-        codes |= dict.fromkeys(open_orders.values(), NO_ANSWER)
+                self._accepted[order.member] = judged
+            answered(order.member.client, 0 if isinstance(judged, str) else judged.steps)
+        self._codes |= {order.member: NO_ANSWER for order in open_orders.values()}
+
+    def close_phase(self) -> list[ClientUpdate]:
+        """Return the accepted updates of the phase in client order; refuse the others."""
+        accepted, codes = self._accepted, self._codes
+        self._accepted, self._codes = {}, {}
         order = sorted(accepted, key=lambda member: member.index)
         self.standing = tuple(order)
         for member in order:
@@ -114,22 +134,24 @@ class OpenRound:
         counts = Counter(refusal.code for refusal in self.refused)
         return ", ".join(f"{code}: {count}" for code, count in sorted(counts.items())) or "none"
 
-    def _judge(
-        self, reply: Message, member: Member, phase: Phase, bound: float | None
-    ) -> ClientUpdate | str:
+    def _judge(self, reply: Message, order: Order, bound: float | None) -> ClientUpdate | str:
         """Return the update if it is acceptable, otherwise the code of its refusal."""
+        client = order.member.client
         if reply.has_error():
             return FAILED
         try:
             outcome = read_outcome(reply)
-            check_claims(outcome, member.client)
+            check_claims(outcome, client)
             if outcome.epsilon is not None:
-                self.epsilon[member.client] = outcome.epsilon
+                self.epsilon[client] = outcome.epsilon
+            if order.basis is not None:
+                lacks = isinstance(outcome, Abstention) and outcome.code == _NO_BASE
+                self.holders[client] = "" if lacks else order.basis
             if isinstance(outcome, Abstention):
                 return outcome.code
             self.bytes_up += codec.size_in_bytes(outcome.parts)
-            check_update(outcome, self.state, phase, bound)
+            check_update(outcome, self.state, order.phase, bound)
         except BadUpdate as error:
-            _log.warning("round %d: %s refused: %s", self.number, member.client, error)
+            _log.warning("round %d: %s refused: %s", self.number, client, error)
             return error.code
         return outcome

@@ -15,17 +15,18 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlr.adapters import codec
 from fedlr.errors import RunError
-from fedlr.methods import shared
 from fedlr.methods.averaging import can_average
-from fedlr.methods.method import ClientUpdate, GlobalState, Method, Parts, Phase
+from fedlr.methods.combine import Combiner
+from fedlr.methods.method import ClientUpdate, GlobalState, Method, Parts
 from fedlr.report.records import RoundRecord
-from fedlr.training.jobs import Job, Provenance
+from fedlr.training.jobs import Provenance
 from server.cohort import cohort
+from server.dispatch import Dispatch, check_ranks
 from server.hooks import Hooks
 from server.membership import Member, Membership, gather
-from server.messages import train_messages
 from server.outcome import Checkpoint, Outcome, StrategyConfig
 from server.round import OpenRound
+from server.weights import check_weights, weights_of
 
 Measured = tuple[float | None, float | None]
 """(accuracy, loss) of a model; None where nothing is evaluated."""
@@ -38,7 +39,7 @@ class FederatedStrategy(Strategy):
 
     The state is held here, between the calls: `configure_train` opens a round or
     its next phase, `aggregate_train` closes it. Flower's own ``start`` may drive
-    them too; one of its "rounds" is then one phase. An instance is used for one run.
+    them too; one of its "rounds" is then one exchange. An instance is used for one run.
 
     Guarantees:
         Bit-reproducible: the result depends on seed, state and updates, not on
@@ -54,7 +55,8 @@ class FederatedStrategy(Strategy):
         hooks: Evaluation, log, display, journal; None has none of them.
 
     Raises:
-        RunError: ``config.average_rounds`` > 1 for a state that cannot be averaged.
+        RunError: ``config.average_rounds`` > 1 for a state that cannot be averaged, or
+            cohorts smaller than the method's combiner is defined for.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class FederatedStrategy(Strategy):
                 f"average_rounds = {config.average_rounds}, but the parts of {method.name} cannot "
                 "be averaged; set it to 1"
             )
+        self._smallest = smallest_cohort(config, method)
+        self._dispatch = Dispatch(method, config.run, provenance, config.round_timeout_s)
         self._membership: Membership | None = None
         self._open: OpenRound | None = None
         self._stopped: str | None = None
@@ -109,7 +113,7 @@ class FederatedStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """Return the jobs of the next phase; none once the run has ended.
+        """Return the jobs of the next exchange; none once the run has ended.
 
         Args:
             server_round: Ignored: the state knows its round.
@@ -129,23 +133,28 @@ class FederatedStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check and aggregate the replies of a phase; close the round after its last one.
 
+        Where clients lack the basis that their job relies on, the phase stays open and
+        `configure_train` sends it to them.
+
         Args:
             server_round: Ignored: the state knows its round.
             replies: The sites' answers, read one after the other.
 
         Returns:
             The parts of the new state and the number of accepted updates;
-            (None, None) where the phase did not change the model.
+            (None, None) where the model did not change.
         """
         opened = self._open
         if opened is None:
             return None, None
-        phase = self._phase(opened.state)
-        updates = opened.receive(
-            replies, phase, self.config.update_norm_bound, self._hooks.progress.client_finished
-        )
-        weights = self._weights(opened.standing)
-        if len(updates) < self.config.min_clients or not any(weights):
+        finished = self._hooks.progress.client_finished
+        opened.receive(replies, self.config.update_norm_bound, finished)
+        if opened.lacking:
+            return None, None
+        updates = opened.close_phase()
+        weights = weights_of(opened.standing, self.config.weights)
+        counted = sum(weight > 0 for weight in weights)
+        if len(updates) < self.config.min_clients or counted < self._smallest:
             self._abandon(opened)
             return None, None
         before = time.monotonic()
@@ -176,6 +185,8 @@ class FederatedStrategy(Strategy):
         """Return the clients; the first call finds them and measures the start."""
         if self._membership is None:
             self._membership = gather(grid, self.config, self.provenance)
+            check_ranks(self._membership.members, self.method, self._at.state.layout)
+            check_weights(self._membership.members, self.config.weights)
             count = len(self._membership.members)
             self._hooks.progress.start(self.config.rounds, f"{self.method.name}, {count} clients")
             if self._at.state.round == 0:
@@ -195,33 +206,19 @@ class FederatedStrategy(Strategy):
         return opened
 
     def _send(self, opened: OpenRound) -> list[Message]:
-        """Build the jobs of the current phase, their nonces journaled first."""
-        state, phase = opened.state, self._phase(opened.state)
+        """Build the jobs of the current phase, their nonces journaled first.
+
+        Clients that lacked the basis get the same job again, under the same nonce.
+        """
+        state = opened.state
+        if opened.lacking:
+            again = {order.member: order.nonce for order in opened.lacking}
+            return opened.sent(self._dispatch.orders(state, again, {}))
         fresh = {member.client: secrets.token_hex(16) for member in opened.standing}
         nonces = {**fresh, **self._hooks.journal.sending(state.round, state.phase, fresh)}
-        job = Job(
-            run=self.config.run,
-            round=state.round,
-            phase=state.phase,
-            nonce="",
-            train=phase.train,
-            send=phase.send,
-            parts=self.method.broadcast(state),
-            provenance=self.provenance,
-        )
-        by_node = {member.node: nonces[member.client] for member in opened.standing}
-        messages = train_messages(job, by_node, self.config.round_timeout_s)
-        opened.asked = list(zip(messages, opened.standing, strict=True))
-        opened.bytes_down += len(messages) * codec.size_in_bytes(job.parts)
-        return messages
-
-    def _phase(self, state: GlobalState) -> Phase:
-        return shared.current_phase(self.method.plan(state), state)
-
-    def _weights(self, members: tuple[Member, ...]) -> list[float]:
-        if self.config.weights == "uniform":
-            return [1.0] * len(members)
-        return [float(member.status.declared_size) for member in members]
+        by_member = {member: nonces[member.client] for member in opened.standing}
+        holders = {**self._at.holders, **opened.holders}
+        return opened.sent(self._dispatch.orders(state, by_member, holders))
 
     def _complete(self, opened: OpenRound, updates: list[ClientUpdate]) -> None:
         """Close a round that changed the model."""
@@ -241,6 +238,7 @@ class FederatedStrategy(Strategy):
             joins=joins,
             steps=steps,
             epsilon={**at.epsilon, **opened.epsilon},
+            holders={**at.holders, **opened.holders},
         )
         self._record(opened, state.round, len(updates), (accuracy, loss))
         self._hooks.journal.finished(self._at)
@@ -250,12 +248,17 @@ class FederatedStrategy(Strategy):
         number, accepted = self._at.state.round + 1, len(opened.standing)
         self._stopped = (
             f"round {number}: {accepted} of {len(opened.cohort)} clients sent an update that was "
-            f"accepted, at least {self.config.min_clients} with a positive weight are needed "
+            f"accepted, at least {max(self.config.min_clients, self._smallest)} with a positive "
+            "weight are needed "
             f"(refused: {opened.refusal_counts()})"
         )
         refused = [refusal.client for refusal in opened.refused]
         opened.abandon()
-        self._at = replace(self._at, epsilon={**self._at.epsilon, **opened.epsilon})
+        self._at = replace(
+            self._at,
+            epsilon={**self._at.epsilon, **opened.epsilon},
+            holders={**self._at.holders, **opened.holders},
+        )
         self._record(opened, number, 0, (None, None))
         self._hooks.journal.abandoned(refused)
         self._hooks.journal.finished(self._at)
@@ -320,3 +323,22 @@ class FederatedStrategy(Strategy):
             statuses={member.client: member.status for member in membership.members},
             notices=membership.notices,
         )
+
+
+def smallest_cohort(config: StrategyConfig, method: Method) -> int:
+    """Return the fewest updates of positive weight that the method can aggregate, ≥ 1.
+
+    Raises:
+        RunError: More than ``config.clients_per_round``: no round could be completed.
+    """
+    # A wrapper combines with what it wraps (`fedlr.methods.refresh`).
+    combine: Combiner | None = getattr(getattr(method, "inner", method), "combine", None)
+    if combine is None:
+        return 1
+    if combine.minimum > config.clients_per_round:
+        raise RunError(
+            f"combine.kind = {combine.name} needs {combine.minimum} updates a round, but "
+            f"federation.clients_per_round = {config.clients_per_round}; raise it, or take "
+            "another combiner"
+        )
+    return combine.minimum

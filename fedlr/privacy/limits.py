@@ -24,6 +24,7 @@ A policy file is TOML, written by the operator and read by nobody else::
     methods = ["fedsvd"]
     train = ["b", "head"]            # roles that jobs may train
     bases = ["53aa51…"]              # sha256 of base weights
+    max_rank = 4                     # columns of an adapter that jobs may train
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _TOP = (
     *("budget", "allow"),
 )
 _BUDGET = ("delta", "epsilon_total", "epsilon_per_run", "epsilon_per_month", "max_joins")
-_ALLOW = ("methods", "train", "bases")
+_ALLOW = ("methods", "train", "bases", "max_rank")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Limits:
         methods: Methods that may be run.
         train: Roles that may be trained.
         bases: sha256 of base weights that may be trained on.
+        max_rank: Most columns of an adapter that may be trained.
     """
 
     client: str | None = None
@@ -108,6 +110,7 @@ class Limits:
     methods: frozenset[str] | None = None
     train: frozenset[Role] | None = None
     bases: frozenset[str] | None = None
+    max_rank: int | None = None
 
     def canonical(self) -> tuple[tuple[str, object], ...]:
         """Return every value by name, sets in sorted order: equal exactly for equal limits."""
@@ -264,4 +267,5 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "methods": _texts,
     "train": _roles,
     "bases": _texts,
+    "max_rank": _whole,
 }

@@ -12,7 +12,7 @@ from typing import Literal
 
 PLACES = (
     *("output", "data.path", "data.cache", "privacy.policies"),
-    *("federation.address", "tracking.uri"),
+    *("federation.address", "tracking.uri", "subspace.public"),
 )
 """Settings that name folders or machines, whatever their value."""
 

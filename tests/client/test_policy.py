@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from client.policy import tighten
-from fedlr.privacy.limits import Limits
+from fedlr.errors import ConfigError
+from fedlr.privacy.limits import Limits, read_limits
 from tests.client.test_site import policy
 
 
@@ -29,3 +30,27 @@ def test_with_a_ledger_over_all_runs_the_runs_own_epsilon_bounds_the_run_alone(
     found = tighten(policy(epsilon=asked), limits)
     assert (found.epsilon, found.epsilon_per_run) == (10.0, of_run)
     assert tighten(policy(epsilon=asked), replace(limits, epsilon_per_run=None)).epsilon == 10.0
+
+
+@pytest.mark.parametrize(
+    ("of_run", "allowed", "found"), [(4, 2, 2), (2, 4, 2), (None, 3, 3), (3, None, 3)]
+)
+def test_the_smaller_rank_counts(
+    of_run: int | None, allowed: int | None, found: int | None
+) -> None:
+    assert tighten(policy(max_rank=of_run), Limits(max_rank=allowed)).max_rank == found
+
+
+def test_a_rank_below_one_is_no_policy() -> None:
+    with pytest.raises(ValueError, match="max_rank = 0 must be ≥ 1"):
+        policy(max_rank=0)
+
+
+def test_the_file_of_an_operator_may_bound_the_rank(tmp_path: Path) -> None:
+    path = tmp_path / "client-000.toml"
+    path.write_text("[allow]\nmax_rank = 3\n")
+    assert read_limits(path) == Limits(max_rank=3)
+    for wrong in ("0", "2.5", "true"):
+        path.write_text(f"[allow]\nmax_rank = {wrong}\n")
+        with pytest.raises(ConfigError, match="max_rank"):
+            read_limits(path)

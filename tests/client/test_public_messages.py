@@ -20,8 +20,10 @@ from flwr.app import Array, ConfigRecord, Message
 from client.site import Site
 from fedlr.adapters.codec import ARRAYS_RECORD, HEADER_RECORD
 from fedlr.data.batching import TokenisedDataset, UnitIndex
+from fedlr.methods.downlink import Compact
 from fedlr.methods.method import PartKey, Role
 from fedlr.privacy.ledger import MemoryLedger
+from fedlr.training.downlink import shortened
 from fedlr.training.jobs import Job
 from server.messages import status_query, train_messages
 from tests.client.test_site import PROVENANCE, policy
@@ -105,10 +107,17 @@ def questions(parts: dict[PartKey, Any]) -> list[tuple[Job, str]]:
     core = frozenset({Role.CORE})
     project = replace(first, phase=1, train=frozenset(), send=core, parts=turns)
     spoiled = {key: value * math.nan for key, value in parts.items()}
+    basis = {key: value for key, value in parts.items() if key.role is Role.A}
+    unit = {PartKey(key.site, Role.ROTATION): torch.eye(RANK) for key in basis}
+    short, long = (shortened(first, Compact(unit, basis), brought) for brought in (False, True))
     return [
+        (short, "a"),
         (project, "too early"),
         (first, "a"),
         (first, "a"),
+        (short, "a"),
+        (long, "a"),
+        (short, "a"),
         (replace(first, send=frozenset({Role.B})), "a"),
         (project, "p"),
         (replace(first, parts=spoiled), "nan"),
@@ -120,7 +129,10 @@ def questions(parts: dict[PartKey, Any]) -> list[tuple[Job, str]]:
     ]
 
 
-CODES = ["no_release", "", "", "ledger", "", "bad_job", "provenance", "", "ledger", "", "max_joins"]
+CODES = [
+    *("no_base", "no_release", "", "", "no_base", "", "", "ledger", "", "bad_job", "provenance"),
+    *("", "ledger", "", "max_joins"),
+]
 """The code of each answer in modes ``dp`` and ``dry``; an empty one is an update."""
 
 

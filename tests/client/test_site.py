@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from torch import Tensor
 from client.site import Site, SitePolicy
 from fedlr.data.batching import UnitIndex
 from fedlr.errors import LedgerError
+from fedlr.methods.downlink import Compact
 from fedlr.methods.method import ClientUpdate, PartKey, Parts, Role
 from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.events import Release
 from fedlr.privacy.ledger import JobKey, MemoryLedger
 from fedlr.training import jobs
+from fedlr.training.downlink import shortened
 from fedlr.training.jobs import Abstention, Job, Provenance, SiteStatus
 from fedlr.training.local import LocalTask, LocalTrainer
 from tests.models import LONGEST, MOVABLE, RANK, WIDTH, Tiny, rows, tiny, units_of
@@ -376,6 +379,19 @@ def spoil(
     return spoiled
 
 
+def cut(parts: Parts, rank: int) -> dict[PartKey, Tensor]:
+    """The leading ``rank`` columns of every B and rows of every A."""
+    sliced: dict[Role, Any] = {Role.A: np.s_[:rank], Role.B: np.s_[:, :rank]}
+    return {key: value[sliced.get(key.role, ...)].clone() for key, value in parts.items()}
+
+
+def residual(parts: Parts, size: float) -> dict[PartKey, Tensor]:
+    """A residual of rank 1 at every site, of that size in every entry."""
+    sites = {key.site for key in parts if key.role is Role.A}
+    left = {PartKey(site, Role.RESIDUAL_B): torch.full((WIDTH, 1), size) for site in sites}
+    return left | {PartKey(site, Role.RESIDUAL_A): torch.ones(1, WIDTH) for site in sites}
+
+
 HOSTILE: dict[str, Callable[[Parts], dict[str, Any]]] = {
     "unknown site": lambda p: {"parts": {**p, PartKey("nowhere", Role.B): torch.zeros(1)}},
     "wrong shape": lambda p: {"parts": spoil(lambda k, v: {k: v.T})(p)},
@@ -389,9 +405,13 @@ HOSTILE: dict[str, Callable[[Parts], dict[str, Any]]] = {
         "parts": {k: v for k, v in p.items() if k.role is not Role.A},
     },
     "no parts": lambda p: {"parts": {}},
-    "a residual": lambda p: {
+    "half a residual": lambda p: {
         "parts": {**p, PartKey(next(iter(p)).site, Role.RESIDUAL_A): torch.zeros(1, WIDTH)}
     },
+    "a residual that is too large": lambda p: {"parts": {**p, **residual(p, 1e5)}},
+    "a core": lambda p: {"parts": {**p, PartKey(next(iter(p)).site, Role.CORE): torch.eye(RANK)}},
+    "another rank of b than of a": lambda p: {"parts": spoil(lambda k, v: {k: v[:, :1]})(p)},
+    "no columns": lambda p: {"parts": cut(p, 0)},
     "a role without arrays": lambda p: {"train": BOTH | {Role.CORE}, "send": BOTH},
     "sends what did not train": lambda p: {"send": frozenset({Role.A})},
     "sends more than trained": lambda p: {"send": MOVABLE},
@@ -425,6 +445,29 @@ def test_a_bad_job_does_not_stop_the_next() -> None:
     first, second = one.site.train_many([bad, good])
     assert first == Abstention("client-000", "bad_job")
     assert isinstance(second, ClientUpdate)
+
+
+def test_a_client_of_a_smaller_rank_sends_that_rank() -> None:
+    """Its update has the rank of its job, and the next one that of its own."""
+    one = bench(units=units_of([]))
+    small = cut(one.parts, 1)
+    update = one.update(parts=small)
+    assert {k: v.shape for k, v in update.parts.items()} == {
+        k: v.shape for k, v in small.items() if k.role in BOTH
+    }
+    assert all(not torch.equal(v, small[k]) for k, v in update.parts.items())  # noise on each
+    whole = one.update(nonce="whole")
+    assert all(v.shape == one.parts[k].shape for k, v in whole.parts.items())
+
+
+def test_a_residual_is_trained_over_and_does_not_come_back() -> None:
+    dry = bench(mode="dry")
+    plain = dry.update()
+    found = dry.update(parts={**dry.parts, **residual(dry.parts, 0.05)}, nonce="folded")
+    assert found.parts.keys() == plain.parts.keys()
+    assert not all(torch.equal(found.parts[key], plain.parts[key]) for key in plain.parts)
+    again = dry.update(nonce="again")
+    assert all(torch.equal(again.parts[key], plain.parts[key]) for key in plain.parts)
 
 
 def test_a_job_that_trains_a_is_private_in_a_too() -> None:
@@ -616,3 +659,86 @@ BAD_POLICIES: list[tuple[dict[str, Any], str]] = [
 def test_a_policy_that_promises_nothing_is_refused(change: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         policy(**change)
+
+
+def rotated(one: Bench, basis: bool, **changes: Any) -> Job:
+    """The job of `Bench.job` with Q = I and the model's own A in the place of A."""
+    job = one.job(**changes)
+    factors = {key: value for key, value in job.parts.items() if key.role is Role.A}
+    turns = {PartKey(key.site, Role.ROTATION): torch.eye(len(a)) for key, a in factors.items()}
+    return shortened(job, Compact(turns, factors), basis)
+
+
+def answer(one: Bench, job: Job) -> ClientUpdate | Abstention:
+    return one.site.train_many([job])[0]
+
+
+def test_a_job_without_its_basis_books_nothing_and_is_trained_once_it_has_it() -> None:
+    one = bench()
+    assert answer(one, rotated(one, basis=False)) == Abstention("client-000", "no_base")
+    assert one.calls == []
+    first = answer(one, rotated(one, basis=True))
+    assert isinstance(first, ClientUpdate)
+    assert one.calls == ["reserve", "train", "commit"]
+    assert {key.role for key in one.trainer.tasks[0].parts} == MOVABLE
+    later = rotated(one, basis=False, round=1, nonce="nonce-1")
+    assert isinstance(answer(one, later), ClientUpdate)
+
+
+def test_the_whole_job_is_a_retry_of_the_rotated_one() -> None:
+    one = bench()
+    first = answer(one, rotated(one, basis=True))
+    assert isinstance(first, ClientUpdate)
+    for again in (rotated(one, basis=False), one.job(), rotated(one, basis=True)):
+        found = answer(one, again)
+        assert isinstance(found, ClientUpdate)
+        assert all(torch.equal(found.parts[key], value) for key, value in first.parts.items())
+    assert one.calls == ["reserve", "train", "commit"]
+    # A process that was started anew has its ledger and no basis.
+    two = restarted(one)
+    assert answer(two, rotated(one, basis=False)) == two.says("no_base")
+    assert isinstance(answer(two, rotated(one, basis=True)), ClientUpdate)
+    assert one.ledger.spent() == (RELEASE,)
+
+
+def test_a_basis_of_another_run_is_not_answered_for() -> None:
+    one = bench()
+    assert isinstance(answer(one, rotated(one, basis=True)), ClientUpdate)
+    foreign = rotated(one, basis=False, run="other", nonce="nonce-1")
+    assert answer(one, foreign) == one.says("no_base")
+    assert one.calls.count("reserve") == 1
+
+
+def test_a_basis_that_fits_no_model_is_a_bad_job_and_is_not_kept() -> None:
+    one = bench()
+    job = rotated(one, basis=True)
+    key = next(key for key in job.parts if key.role is Role.ROTATION)
+    wide = replace(job, parts={**job.parts, key: torch.eye(RANK + 1)})
+    assert answer(one, wide) == Abstention("client-000", "bad_job")
+    unknown = {PartKey(f"x.{k.site}", k.role): v for k, v in one.parts.items() if k.role is Role.A}
+    turns = {PartKey(k.site, Role.ROTATION): torch.eye(len(a)) for k, a in unknown.items()}
+    whole = one.job(parts={**one.parts, **unknown})
+    strange = shortened(
+        whole, Compact({**turns, **rotated(one, basis=False).parts}, unknown), basis=True
+    )
+    assert isinstance(answer(one, strange), Abstention)
+    assert one.site._basis is None
+    assert one.calls == []
+
+
+def narrow(parts: Parts, rank: int) -> dict[PartKey, Tensor]:
+    cuts = {Role.A: (slice(rank),), Role.B: (slice(None), slice(rank))}
+    return {key: value[cuts.get(key.role, ())].contiguous() for key, value in parts.items()}
+
+
+def test_a_site_trains_no_more_columns_than_its_operator_allows() -> None:
+    one = bench(max_rank=1)
+    assert one.site.status().rank == 1
+    assert bench().site.status().rank is None
+    assert one.ask() == Abstention("client-000", "policy")
+    assert answer(one, rotated(one, basis=True)) == Abstention("client-000", "policy")
+    assert (one.calls, one.site._basis) == ([], None)
+    update = one.update(parts=narrow(one.parts, 1))
+    for key, value in update.parts.items():
+        assert value.shape[1:2] == ((1,) if key.role is Role.B else value.shape[1:2])
+    assert one.calls == ["reserve", "train", "commit"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import safe_open
 
 from fedlr.errors import RunError
 from fedlr.methods.method import ClientUpdate, PartKey, Role
@@ -19,7 +22,6 @@ from server.journal import FileJournal, read_checkpoint, read_head, write_head
 from server.outcome import Checkpoint, Outcome
 from server.strategy import FederatedStrategy
 from tests.server.toys import (
-    BUILDERS,
     LAYOUT,
     PROVENANCE,
     ToySite,
@@ -30,6 +32,7 @@ from tests.server.toys import (
     first_state,
     grid_of,
     method,
+    strategy,
     toy_sites,
 )
 
@@ -99,7 +102,8 @@ def go_on(folder: Path, name: str, fuse: Fuse, **changes: object) -> Outcome:
             site.fuse = fuse
             site.joins = start.joins.get(site.client, 0)
         hooks = Hooks(evaluate, FusedLog(folder / ROUNDS_FILE, fuse), journal=journal)
-        settings = config(average_rounds=2 if name == "fedsvd" else 1, **changes)
+        averaged = ("fedsvd", "folding", "flora")
+        settings = config(average_rounds=2 if name in averaged else 1, **changes)
         return FederatedStrategy(settings, method(name), start, PROVENANCE, hooks).run(
             grid_of(fused)
         )
@@ -107,11 +111,25 @@ def go_on(folder: Path, name: str, fuse: Fuse, **changes: object) -> Outcome:
         journal.close()
 
 
-def without_times(outcome: Outcome) -> list[RoundRecord]:
-    return [replace(record, wall_s=0.0, server_s=0.0) for record in outcome.records]
+def without_times(outcome: Outcome, name: str = "") -> list[RoundRecord]:
+    """What is the same in a run that was stopped: new sites are sent the basis once more."""
+    found = [replace(record, wall_s=0.0, server_s=0.0) for record in outcome.records]
+    if name == "fedsvd_rotation":
+        return [replace(record, bytes_down=0) for record in found]
+    return found
 
 
-@pytest.mark.parametrize("name", sorted(BUILDERS.keys() - {"head_only"}))
+KEPT = {
+    "fedsvd": "the last states",
+    "two_phase": "a state inside a round",
+    "folding": "a residual whose rank grows, in states of different rank",
+    "fedsvd_rotation": "memory, and who holds the basis",
+    "lowering": "ranks of clients",
+}
+"""Methods by what a resume needs of their states that others do not."""
+
+
+@pytest.mark.parametrize("name", KEPT)
 def test_a_run_that_is_stopped_at_any_moment_goes_on_as_if_it_were_not(
     name: str, tmp_path: Path
 ) -> None:
@@ -128,7 +146,8 @@ def test_a_run_that_is_stopped_at_any_moment_goes_on_as_if_it_were_not(
         resumed = go_on(folder, name, Fuse())
         assert_same_parts(resumed.parts, whole.parts)
         assert list(resumed.parts) == list(whole.parts)
-        assert without_times(resumed) == without_times(whole)
+        assert without_times(resumed, name) == without_times(whole, name)
+        assert resumed.state.ranks == whole.state.ranks
         assert (resumed.joins, resumed.epsilon) == (whole.joins, whole.epsilon)
         assert tuple(read_rounds(folder / ROUNDS_FILE)) == resumed.records
 
@@ -150,10 +169,18 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
     odd = replace(
         written.state,
         parts={keys[0]: shared.T, keys[1]: shared, keys[2]: torch.tensor(float("inf"))},
-        memory={keys[1]: torch.zeros(0, 4, dtype=torch.float64)},
+        memory={
+            keys[1]: torch.zeros(0, 4, dtype=torch.float64),
+            PartKey("refresh", Role.SEED): torch.tensor([2**63 - 1]),
+        },
+        ranks={"client-00": 2, "client-01": 1},
     )
     checkpoint = replace(
-        written, state=odd, recent=(written.recent[0], odd), epsilon={"c": float("inf")}
+        written,
+        state=odd,
+        recent=(written.recent[0], odd),
+        epsilon={"c": float("inf")},
+        holders={"client-00": "ab" * 32, "client-01": ""},
     )
     journal = FileJournal(tmp_path)
     journal.finished(checkpoint)
@@ -165,7 +192,9 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
         ours, theirs = getattr(found.state, kind), getattr(odd, kind)
         assert_same_parts(ours, theirs)
         assert [v.dtype for v in ours.values()] == [v.dtype for v in theirs.values()]
+    assert (found.state.ranks, found.holders) == (odd.ranks, checkpoint.holders)
     assert_same_parts(found.recent[0].parts, written.recent[0].parts)
+    assert found.recent[0].ranks == {}
     assert len(found.recent) == 2
     assert (found.epsilon, found.joins, found.records) == (
         checkpoint.epsilon,
@@ -213,7 +242,45 @@ def cut(path: Path) -> None:
 
 
 def foreign(path: Path) -> None:
-    path.write_bytes(path.read_bytes().replace(b"fedlr.journal.1", b"fedlr.journal.9"))
+    path.write_bytes(path.read_bytes().replace(b"fedlr.journal.2", b"fedlr.journal.9"))
+
+
+def as_written_before(path: Path) -> None:
+    """The checkpoint as the first schema had it: without ranks and holders."""
+    with safe_open(str(path), framework="pt") as file:
+        header = json.loads(file.metadata()["header"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del header["ranks"], header["holders"]
+    header["schema"] = "fedlr.journal.1"
+    safetensors.torch.save_file(arrays, path, metadata={"header": json.dumps(header)})
+
+
+def test_a_checkpoint_of_the_first_schema_is_read(tmp_path: Path) -> None:
+    go_on(tmp_path, "fedsvd", Fuse())
+    written = read_checkpoint(tmp_path, LAYOUT)
+    as_written_before(tmp_path / "journal" / "checkpoint.safetensors")
+    found = read_checkpoint(tmp_path, LAYOUT)
+    assert found is not None
+    assert written is not None
+    assert (found.state.ranks, found.holders) == ({}, {})
+    assert_same_parts(found.state.parts, written.state.parts)
+    assert (found.records, found.joins) == (written.records, written.joins)
+
+
+def test_a_server_that_is_started_again_knows_who_holds_the_basis(tmp_path: Path) -> None:
+    whole = strategy(config(clients_per_round=4, rounds=4), "fedsvd_rotation")
+    expected = whole.run(grid_of(toy_sites()))
+    sites = toy_sites()
+    for rounds in (2, 4):
+        journal = FileJournal(tmp_path)
+        start = journal.checkpoint(LAYOUT) or Checkpoint(first_state("fedsvd_rotation"))
+        hooks = Hooks(evaluate, RoundLog(tmp_path / ROUNDS_FILE), journal=journal)
+        settings = config(clients_per_round=4, rounds=rounds)
+        one = FederatedStrategy(settings, method("fedsvd_rotation"), start, PROVENANCE, hooks)
+        outcome = one.run(grid_of(sites))
+        journal.close()
+    assert without_times(outcome) == without_times(expected)
+    assert_same_parts(outcome.state.parts, expected.state.parts)
 
 
 @pytest.mark.parametrize(

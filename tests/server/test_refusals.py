@@ -12,18 +12,34 @@ import torch
 from flwr.app import Array, Message, RecordDict
 
 from client.app import SiteLike
+from fedlr.errors import RunError
+from fedlr.lowrank.subspace import orthonormal
+from fedlr.methods import combiners
+from fedlr.methods.combine import Combiner
+from fedlr.methods.combiners import COMBINERS
+from fedlr.methods.fedsvd import FedSVD
 from fedlr.methods.method import ClientUpdate, PartKey, Role
+from fedlr.methods.nearness import GeometricMedian, Krum
+from fedlr.methods.refresh import Merging
+from fedlr.methods.robust import CoordinateMedian
 from fedlr.report.records import Refusal
 from fedlr.training.jobs import Abstention, Job
+from server.checking import LARGEST_NORM
+from server.outcome import Outcome
+from server.strategy import FederatedStrategy
 from tests.server.toys import (
+    BUILDERS,
     FIRST_NODE,
     LAYOUT,
+    PROVENANCE,
     SECRET,
+    ToySite,
     Wrapped,
     assert_same_parts,
     by_hand,
     config,
     evaluate,
+    first_state,
     grid_of,
     run,
     strategy,
@@ -233,3 +249,71 @@ def test_the_head_alone_may_be_wrong_too() -> None:
     bad: Change = lambda u, j: replace(u, parts={**u.parts, key: torch.zeros(3, 2)})  # noqa: E731
     outcome = run(spoiled(bad), config(clients_per_round=4, rounds=1))
     assert outcome.records[0].refused == (Refusal("client-01", "shape"),)
+
+
+def with_combiner(combine: Combiner, sites: list[SiteLike], **changes: object) -> Outcome:
+    settings = config(**{"clients_per_round": 4, "rounds": 2, **changes})
+    one = FedSVD(orthonormal, combine)
+    return FederatedStrategy(settings, one, first_state(), PROVENANCE).run(grid_of(sites))
+
+
+def test_fewer_updates_than_the_combiner_needs_end_the_run_and_not_the_program() -> None:
+    refuse: Change = lambda update, job: Abstention(update.client, "budget")  # noqa: E731
+    sites = toy_sites()
+    two_left: list[SiteLike] = [*sites[:2], *(Wrapped(site, refuse) for site in sites[2:])]
+    outcome = with_combiner(CoordinateMedian(), two_left)
+    assert outcome.stopped_reason is not None
+    assert "at least 3 with a positive weight are needed" in outcome.stopped_reason
+    assert (outcome.state.round, outcome.records[0].accepted) == (0, 0)
+    three_left: list[SiteLike] = [*sites[:3], Wrapped(sites[3], refuse)]
+    assert with_combiner(CoordinateMedian(), three_left).stopped_reason is None
+
+
+def test_updates_without_weight_are_not_enough_for_a_combiner() -> None:
+    sites = toy_sites()
+    sites[0].size = sites[1].size = 0
+    outcome = with_combiner(GeometricMedian(), [*sites], weights="declared")
+    assert outcome.stopped_reason is not None
+    sites[0].size = 10
+    assert with_combiner(GeometricMedian(), [*sites], weights="declared").stopped_reason is None
+
+
+def test_a_cohort_too_small_for_the_combiner_is_refused_before_the_run() -> None:
+    with pytest.raises(RunError, match=r"krum needs 5 updates a round, .* = 4; raise it"):
+        with_combiner(Krum(1), [*toy_sites()])
+    wrapped = Merging(FedSVD(orthonormal, CoordinateMedian()), orthonormal)
+    with pytest.raises(RunError, match="median needs 3 updates"):
+        FederatedStrategy(config(clients_per_round=2), wrapped, first_state(), PROVENANCE)
+
+
+def filled(value: float) -> Change:
+    """Every array sent holds one value, or as much of it as passes the server's checks."""
+
+    def change(update: ClientUpdate, job: Job) -> ClientUpdate:
+        parts = {}
+        for key, array in update.parts.items():
+            largest = 0.99 * LARGEST_NORM / max(1.0, math.sqrt(array.numel()))
+            parts[key] = torch.full_like(array, math.copysign(min(abs(value), largest), value))
+        return replace(update, parts=parts)
+
+    return change
+
+
+@pytest.mark.parametrize("value", [math.inf, 1e-45, -0.0])
+@pytest.mark.parametrize("name", sorted(BUILDERS.keys() - {"head_only"}))
+def test_no_accepted_update_can_make_a_method_raise(name: str, value: float) -> None:
+    sites = [*spoiled(filled(value))[:2], ToySite("client-02", seed=2)]
+    outcome = run(sites, config(clients=3, rounds=3), name)
+    assert outcome.records[0].accepted == 3
+    for state in (outcome.state.parts, outcome.state.memory):
+        assert all(bool(array.isfinite().all()) for array in state.values())
+
+
+@pytest.mark.parametrize("value", [math.inf, 1e-45, -0.0])
+@pytest.mark.parametrize("kind", sorted(COMBINERS))
+def test_no_accepted_update_can_make_a_combiner_raise(kind: str, value: float) -> None:
+    sites = [*spoiled(filled(value)), ToySite("client-04", seed=4)]
+    sites[0].rank = 1  # type: ignore[attr-defined]
+    outcome = with_combiner(combiners.build(kind), sites, clients=5, clients_per_round=5, rounds=3)
+    assert outcome.records[0].accepted == 5
+    assert all(bool(array.isfinite().all()) for array in outcome.state.parts.values())

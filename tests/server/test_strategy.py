@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from flwr.app import ArrayRecord, Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,15 +18,16 @@ from fedlr.adapters import codec
 from fedlr.errors import RunError
 from fedlr.lowrank.subspace import orthonormal
 from fedlr.methods.averaging import average
-from fedlr.methods.combine import weighted_mean
+from fedlr.methods.combine import NO_REFERENCE, WeightedMean
 from fedlr.methods.fedsvd import FedSVD
-from fedlr.methods.method import ClientUpdate, PartKey, Parts
+from fedlr.methods.method import ClientUpdate, PartKey, Parts, Role
 from fedlr.report.records import RoundLog, RoundRecord, read_rounds
 from server.cohort import cohort
 from server.hooks import Hooks
 from server.outcome import Checkpoint
 from server.strategy import FederatedStrategy
 from tests.server.toys import (
+    BUILDERS,
     PROVENANCE,
     STEPS,
     assert_same_parts,
@@ -40,7 +43,7 @@ from tests.server.toys import (
 )
 
 
-@pytest.mark.parametrize("name", ["fedsvd", "ffa_lora", "fedavg_lora", "two_phase", "folding"])
+@pytest.mark.parametrize("name", sorted(BUILDERS.keys() - {"head_only", "lowering"}))
 @pytest.mark.parametrize("weights", ["uniform", "declared"])
 def test_a_run_equals_the_loop_by_hand_bit_for_bit(name: str, weights: str) -> None:
     outcome = run(toy_sites(), config(weights=weights), name)
@@ -54,12 +57,18 @@ def test_a_run_equals_the_loop_by_hand_bit_for_bit(name: str, weights: str) -> N
 def test_updates_reach_the_method_in_client_order_whatever_the_order_of_replies() -> None:
     seen: list[list[str]] = []
 
-    def spy(updates: Sequence[ClientUpdate], weights: Sequence[float]) -> dict[PartKey, Tensor]:
-        seen.append([update.client for update in updates])
-        assert weights == [10.0 * (1 + int(name[-2:])) for name in seen[-1]]
-        return weighted_mean(updates, weights)
+    class Spy(WeightedMean):
+        def __call__(
+            self,
+            updates: Sequence[ClientUpdate],
+            weights: Sequence[float],
+            reference: Parts = NO_REFERENCE,
+        ) -> dict[PartKey, Tensor]:
+            seen.append([update.client for update in updates])
+            assert weights == [10.0 * (1 + int(name[-2:])) for name in seen[-1]]
+            return super().__call__(updates, weights, reference)
 
-    spied = FedSVD(orthonormal, spy)
+    spied = FedSVD(orthonormal, Spy())
     weighted = config(weights="declared")
     grid = grid_of(toy_sites(), order=[3, 1, 0, 2], tamper=lambda replies: replies[::-1])
     FederatedStrategy(weighted, spied, first_state(), PROVENANCE).run(grid)
@@ -258,9 +267,18 @@ def test_the_result_is_the_average_of_the_last_states_and_is_evaluated(last: int
     assert outcome.accuracy != outcome.records[-1].accuracy
 
 
-def test_a_method_that_cannot_be_averaged_is_refused_before_the_run() -> None:
+def test_states_of_a_growing_residual_are_averaged() -> None:
+    outcome = run(toy_sites(), config(average_rounds=2), "folding")
+    states = by_hand("folding", toy_sites(), 3, 3)
+    assert_same_parts(outcome.parts, average(states[-2:]))
+
+
+def test_a_state_that_cannot_be_averaged_is_refused_before_the_run() -> None:
+    state = first_state()
+    odd = {**state.parts, PartKey("block.0.query", Role.ROTATION): torch.eye(3)}
+    two = config(average_rounds=2)
     with pytest.raises(RunError, match="set it to 1"):
-        strategy(config(average_rounds=2), "folding")
+        FederatedStrategy(two, method(), replace(state, parts=odd), PROVENANCE)
 
 
 def test_flowers_own_loop_gives_the_same_model() -> None:

@@ -262,6 +262,7 @@ TEXTS = {
     *("data.label_column", "data.user_column", "data.label_names", "data.train_split"),
     *("data.validation_split", "data.cache", "adapter.modules", "method.name"),
     *("privacy.policies", "federation.address", "tracking.uri", "tracking.project"),
+    "subspace.public",
 }
 """Settings that are free texts. A new one is added here once it is known what it can name: a
 place, then also to `fedlr.report.places.PLACES`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from flwr.app import Context, Message, UserConfig
@@ -13,6 +14,8 @@ from client.app import SiteLike, make_client_app
 from fedlr.lowrank.factors import AdapterSite
 from fedlr.lowrank.subspace import orthonormal
 from fedlr.methods.combine import weighted_mean
+from fedlr.methods.fedsvd import FedSVD
+from fedlr.methods.ffa_lora import FFALoRA
 from fedlr.methods.method import (
     ClientUpdate,
     GlobalState,
@@ -23,6 +26,7 @@ from fedlr.methods.method import (
     Role,
 )
 from fedlr.methods.registry import METHODS
+from fedlr.training.downlink import Basis, completed
 from fedlr.training.jobs import Abstention, Job, Provenance, SiteStatus
 from server.cohort import cohort
 from server.grid import BatchHandler, InProcessGrid
@@ -39,7 +43,26 @@ LAYOUT = Layout(
     head={"head.weight": torch.ones(2, 3)},
 )
 PROVENANCE = Provenance(base="base", tokenizer="tokenizer", labels="labels")
-BUILDERS = {**METHODS, "two_phase": TwoPhase, "folding": Folding}
+
+
+class Lowering(FFALoRA):
+    """FFA-LoRA that lets a client train one column less after each of its rounds."""
+
+    def aggregate(
+        self, state: GlobalState, updates: Sequence[ClientUpdate], weights: Sequence[float]
+    ) -> GlobalState:
+        lower = {u.client: max(1, state.ranks.get(u.client, 3) - 1) for u in updates}
+        after = super().aggregate(state, updates, weights)
+        return replace(after, ranks={**state.ranks, **lower})
+
+
+BUILDERS: dict[str, Callable[..., Method]] = {
+    **METHODS,
+    "two_phase": TwoPhase,
+    "folding": Folding,
+    "fedsvd_rotation": partial(FedSVD, downlink="rotation"),
+    "lowering": Lowering,
+}
 STEPS = 4
 FIRST_NODE = 1001
 
@@ -73,7 +96,10 @@ class ToySite:
     epsilon_per_round: float | None = None
     provenance: Provenance = PROVENANCE
     joins: int = 0
+    rank: int | None = None
+    sigma: float = 1.5
     jobs: list[Job] = field(default_factory=list)
+    basis: Basis | None = None
     _released: Parts = field(default_factory=dict)
 
     def status(self) -> SiteStatus:
@@ -81,9 +107,10 @@ class ToySite:
         return SiteStatus(
             self.client,
             self.size,
-            1.5 if private else 0.0,
+            self.sigma if private else 0.0,
             1e-5 if private else 0.0,
             self.provenance,
+            self.rank,
         )
 
     def train_many(self, jobs: Sequence[Job]) -> list[ClientUpdate | Abstention]:
@@ -91,6 +118,11 @@ class ToySite:
 
     def answer(self, job: Job) -> ClientUpdate | Abstention:
         self.jobs.append(job)
+        if job.rotated is not None:
+            found = completed(job, self.basis)
+            if found is None:
+                return Abstention(self.client, "no_base")
+            job, self.basis = found
         if not job.train:
             cores = {
                 PartKey(key.site, Role.CORE): q.mT @ self._released[PartKey(key.site, Role.B)]
@@ -120,8 +152,12 @@ def distance(parts: Parts, wanted: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """½ Σ ‖effective weight − wanted‖²."""
     total = torch.zeros(())
     for site in LAYOUT.sites:
-        product = parts[PartKey(site.name, Role.B)] @ parts[PartKey(site.name, Role.A)]
-        total = total + (site.scaling * product - wanted[site.name]).square().sum() / 2
+        at = {role: parts[key] for role in Role if (key := PartKey(site.name, role)) in parts}
+        left = at[Role.B] @ at[Role.CORE] if Role.CORE in at else at[Role.B]
+        weight = site.scaling * left @ at[Role.A]
+        if Role.RESIDUAL_A in at:
+            weight = weight + at[Role.RESIDUAL_B] @ at[Role.RESIDUAL_A]
+        total = total + (weight - wanted[site.name]).square().sum() / 2
     for name in LAYOUT.head:
         total = total + (parts[PartKey(name, Role.HEAD)] - wanted[name]).square().sum() / 2
     return total
