@@ -40,11 +40,24 @@ class Case:
 
 PLAIN = Case()
 ON_ROWS = Case(("data=file", ROWS))
+# A and B together multiply their noises: on so few rows the sites' bound on it is near.
+ON_ROWS_SLOWLY = Case(("optimizer.learning_rate=1", *ON_ROWS.needs))
 ON_A_TOOL = Case(ON_ROWS.needs, skip="needs a tool that is optional: it has tests of its own")
+
+THREE = ("federation.clients=3", "federation.clients_per_round=3")
+FIVE = ("federation.clients=5", "federation.clients_per_round=5")
 
 CASES: Mapping[str, Case] = {
     "adapter=query_value": ON_ROWS,
     "adapter=top_layers": ON_ROWS,
+    "combine=coordinate_median": Case((*THREE, *ON_ROWS.needs)),
+    "combine=flag": Case((*THREE, *ON_ROWS.needs)),
+    "combine=geometric_median": Case((*THREE, *ON_ROWS.needs)),
+    "combine=krum": Case((*FIVE, *ON_ROWS.needs)),
+    "combine=multi_krum": Case((*FIVE, *ON_ROWS.needs)),
+    "combine=norm_bounded_mean": Case((*THREE, *ON_ROWS.needs)),
+    "combine=trimmed_mean": Case((*THREE, *ON_ROWS.needs)),
+    "combine=weighted_mean": ON_ROWS,
     "data=file": Case((ROWS,)),
     "data=hub": Case(("data.name=owner/set",), skip="needs the Hugging Face hub"),
     "data=stdlib": PLAIN,
@@ -56,11 +69,17 @@ CASES: Mapping[str, Case] = {
     "kernels=auto": ON_ROWS,
     "kernels=opacus": ON_ROWS,
     "kernels=reference": ON_ROWS,
-    # It multiplies the noise of both factors: on so few rows the sites' bound on it is near.
-    "method=fedavg_lora": Case(("optimizer.learning_rate=1", *ON_ROWS.needs)),
+    "method=fed_sb": ON_ROWS,
+    "method=fedask": ON_ROWS,
+    "method=fedavg_lora": ON_ROWS_SLOWLY,
+    "method=fedex_lora": ON_ROWS_SLOWLY,
     "method=fedsvd": ON_ROWS,
     "method=ffa_lora": ON_ROWS,
+    "method=flexlora": ON_ROWS_SLOWLY,
+    "method=flora": ON_ROWS_SLOWLY,
     "method=head_only": Case(("model/head=linear", *ON_ROWS.needs)),
+    "method=hetlora": ON_ROWS_SLOWLY,
+    "method=rolora": ON_ROWS,
     "model/head=label_text": ON_ROWS,
     "model/head=linear": ON_ROWS,
     "model/head=random_cls": ON_ROWS,
@@ -74,8 +93,12 @@ CASES: Mapping[str, Case] = {
     "privacy=dp": ON_ROWS,
     "privacy=dry": Case(("data.public=true", *ON_ROWS.needs)),
     "privacy=none": ON_ROWS,
+    "subspace=activations": Case(("subspace.public=stdlib", *ON_ROWS.needs)),
+    "subspace=gradient": Case(("subspace.public={rows}", "data.public=true", *ON_ROWS.needs)),
     "subspace=kaiming": ON_ROWS,
+    "subspace=minor": ON_ROWS,
     "subspace=orthonormal": ON_ROWS,
+    "subspace=principal": ON_ROWS,
     "tracking=mlflow": ON_A_TOOL,
     "tracking=none": ON_ROWS,
     "tracking=tensorboard": ON_ROWS,
@@ -122,7 +145,7 @@ def test_every_file_has_a_decision() -> None:
     assert sorted(skipped) == [
         *("data=hub", "federation=ray", "tracking=mlflow", "tracking=trackio", "tracking=wandb")
     ]
-    assert (len(FOUND), len(FOUND) - len(skipped)) == (37, 32)
+    assert (len(FOUND), len(FOUND) - len(skipped)) == (56, 51)
 
 
 @pytest.mark.parametrize("choice", FOUND)
@@ -152,6 +175,33 @@ def test_three_rounds_in_fewer_bits(
     assert read_summary(folder / "summary.json").rounds == 3
 
 
+@pytest.mark.parametrize(
+    ("words", "rank"),
+    [
+        (("subspace.refresh=merge", "subspace=principal", "subspace.refresh_every=2"), 16),
+        (("subspace.refresh=alternate", "method=ffa_lora"), 8),
+    ],
+    ids=["merge", "alternate"],
+)
+def test_three_rounds_in_a_moved_subspace(
+    words: tuple[str, ...],
+    rank: int,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """What no file chooses; with noise, and each round a release of the factor it trains."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["simulate", *FAST, *words, "data=file", f"data.path={rows}"]) == 0
+    folder = tmp_path / capfd.readouterr().out.splitlines()[-1]
+    assert [record.accepted for record in read_rounds(folder / "rounds.jsonl")] == [2, 2, 2]
+    last = json.loads((folder / "spectra.jsonl").read_text().splitlines()[-1])
+    for site in last["sites"]:
+        assert len(site["singular_values"]) == rank  # with one merge behind it, two adapters' worth
+        assert site["angle_rad"] > 0.1
+
+
 @pytest.mark.parametrize("choice", FOUND)
 def test_three_rounds(
     choice: str,
@@ -168,5 +218,6 @@ def test_three_rounds(
     folder = tmp_path / capfd.readouterr().out.splitlines()[-1]
     summary = read_summary(folder / "summary.json")
     assert summary.rounds == 3
-    assert [record.accepted for record in read_rounds(folder / "rounds.jsonl")] == [2, 2, 2]
+    cohort = compose([*words, *overrides(choice, rows)]).federation.clients_per_round
+    assert [record.accepted for record in read_rounds(folder / "rounds.jsonl")] == [cohort] * 3
     assert (folder / "adapter").is_dir()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlr.cli import cells as grid
+from fedlr.cli import tuned
 from fedlr.cli.estimate import Estimate, from_cells, from_measurement
 from fedlr.cli.plan import MOST_RUNS, plan_runs
 from fedlr.cli.plan import Request as PlanRequest
@@ -27,10 +28,11 @@ class SweepPlan:
 
     Attributes:
         folder: Where the sweep is, or would be.
-        cells: Number of cells.
+        cells: Number of cells, those for tuning among them.
         finished: Those of them that are finished already, by name.
         time: Of the others; None where nothing is left.
         plan: Noise and ε of every cell, and of all together.
+        tuning: Those of the cells that choose a value for the others, which come first.
     """
 
     folder: str
@@ -38,6 +40,7 @@ class SweepPlan:
     finished: tuple[str, ...]
     time: Estimate | None
     plan: Plan
+    tuning: int = 0
 
 
 def print_plan(facts: SweepFacts, folder: Path, search: Search | None, as_json: bool) -> None:
@@ -52,9 +55,15 @@ def print_plan(facts: SweepFacts, folder: Path, search: Search | None, as_json: 
     Raises:
         FedlrError: As `fedlr.cli.plan.plan`.
     """
-    there = read_sweep(folder).cells if is_sweep(folder) else ()
+    sweep = read_sweep(folder) if is_sweep(folder) else None
+    there = () if sweep is None else sweep.cells
     known = [cell.facts for cell in there]
-    if search is None:
+    unknown = set[str]()
+    if facts.tuning is not None:
+        stages = tuned.stages(facts, sweep)
+        planned = [*stages.tuning, *stages.runs, *stages.open]
+        unknown = {cell.facts.cell for cell in stages.open}
+    elif search is None:
         planned = grid.plan_cells(facts, grid.combinations(facts.axes), known)
     else:
         planned = _proposable(facts, search)
@@ -62,7 +71,7 @@ def print_plan(facts: SweepFacts, folder: Path, search: Search | None, as_json: 
         raise ConfigError([f"the sweep has more than {MOST_RUNS} cells; plan it in parts"])
     grid.check_libraries(planned)
     finished = [cell for cell in there if cell.state == "finished"]
-    shown = [tuple(f"{k}={v}" for k, v in cell.facts.values.items()) for cell in planned]
+    shown = [tuned.shown(facts, one.facts, one.facts.cell not in unknown) for one in planned]
     configs = [cell.config for cell in planned]
     found = SweepPlan(
         folder=str(folder),
@@ -70,6 +79,7 @@ def print_plan(facts: SweepFacts, folder: Path, search: Search | None, as_json: 
         finished=tuple(cell.facts.cell for cell in finished),
         time=_time(planned, finished, search),
         plan=plan_runs(configs, shown, PlanRequest(), say),
+        tuning=sum(cell.facts.tuning for cell in planned),
     )
     print(strict_json.encode(found) if as_json else _tables(found).rstrip("\n"))
 
@@ -104,8 +114,9 @@ def _time(planned: list[Planned], finished: list[Cell], search: Search | None) -
 
 
 def _tables(found: SweepPlan) -> str:
+    stages = f", {found.tuning} of them for tuning first" if found.tuning else ""
     lines = [
-        f"cells     {found.cells}, of them finished {len(found.finished)}",
+        f"cells     {found.cells}, of them finished {len(found.finished)}{stages}",
         f"folder    {found.folder}",
     ]
     if found.time is not None:

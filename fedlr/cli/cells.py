@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from fedlr.cli.compose import compose
@@ -24,11 +25,29 @@ SEED = "seed"
 
 EPSILON, PRIVACY = "privacy.epsilon", "privacy"
 
+VARIANT = "variant"
+"""The axis whose values are names of overrides that belong together."""
+
 Axes = dict[str, tuple[str, ...]]
 """Values by setting, as on the command line."""
 
 _OWN = ("name", "output")
 _LONGEST_NAME = 80
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A cell that is asked for.
+
+    Attributes:
+        values: Value by axis.
+        tuned: Value of the setting that the sweep tunes; None where none is.
+        tuning: Whether the cell is there to choose that value.
+    """
+
+    values: Mapping[str, str]
+    tuned: str | None = None
+    tuning: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,34 +153,79 @@ def plan_cells(
     Raises:
         ConfigError: Everything that is wrong in any of them, before the first starts.
     """
-    problems: dict[str, list[str]] = {}
-    configs: list[tuple[Mapping[str, str], tuple[str, ...], RunConfig]] = []
-    for chosen in values:
-        words = overrides_of(facts.fixed, chosen, facts.without_privacy)
-        try:
-            configs.append((chosen, words, compose(words)))
-        except ConfigError as error:
-            for problem in error.problems:
-                problems.setdefault(problem, []).append(_shown(chosen))
-    _refuse(problems, len(values))
+    return plan_wanted(facts, [Wanted(chosen) for chosen in values], known)
+
+
+def plan_wanted(
+    facts: SweepFacts, wanted: Sequence[Wanted], known: Sequence[CellFacts] = ()
+) -> list[Planned]:
+    """Do what `plan_cells` does for cells that may have a tuned value."""
+    configs = _composed(facts, wanted)
     old = {identity(cell.config): cell for cell in known}
     number = 1 + max((cell.number for cell in known), default=-1)
     planned: dict[str, Planned] = {}
-    for chosen, words, config in configs:
+    for one, words, config in configs:
         text = neutral(config)
         if text in planned:
             continue
         if text in old:
             planned[text] = Planned(old[text], config)
             continue
-        name = cell_name(number, chosen.values())
-        rounds = config.federation.rounds
+        tried = (one.tuned,) if one.tuning and one.tuned is not None else ()
         made = CellFacts(
-            cell=name, number=number, values=chosen, overrides=words, rounds=rounds, config=text
+            cell=cell_name(number, (*one.values.values(), *tried)),
+            number=number,
+            values=one.values,
+            overrides=words,
+            rounds=config.federation.rounds,
+            config=text,
+            tuned=one.tuned,
+            tuning=one.tuning,
         )
         planned[text] = Planned(made, config)
         number += 1
     return list(planned.values())
+
+
+def _composed(
+    facts: SweepFacts, wanted: Sequence[Wanted]
+) -> list[tuple[Wanted, tuple[str, ...], RunConfig]]:
+    """Return every cell with its overrides and configuration; ConfigError with all problems."""
+    problems: dict[str, list[str]] = {}
+    found = []
+    for one in wanted:
+        words = words_of(facts, one)
+        try:
+            found.append((one, words, _compose(words)))
+        except ConfigError as error:
+            for problem in error.problems:
+                problems.setdefault(problem, []).append(_shown(one.values))
+    _refuse(problems, len(wanted))
+    return found
+
+
+@lru_cache(maxsize=4 * MOST_CELLS)
+def _compose(words: tuple[str, ...]) -> RunConfig:
+    """Return `compose`, once per cell: a sweep of two stages plans all of them three times."""
+    return compose(words)
+
+
+def words_of(facts: SweepFacts, wanted: Wanted) -> tuple[str, ...]:
+    """Return the overrides of a cell: its variant is spelt out, and its tuned value in place."""
+    chosen = dict(wanted.values)
+    own = facts.variants[chosen.pop(VARIANT)] if VARIANT in chosen else ()
+    if facts.tuning is not None and wanted.tuned is not None:
+        own = (*own, f"{facts.tuning.setting}={wanted.tuned}")
+    names = {word.partition("=")[0] for word in own}
+    fixed = [word for word in facts.fixed if word.lstrip("+").partition("=")[0] not in names]
+    return overrides_of((*fixed, *own), chosen, facts.without_privacy)
+
+
+def is_unbounded(facts: SweepFacts, values: Mapping[str, str]) -> bool:
+    """Return whether a combination is at ``privacy.epsilon=inf``: no privacy at all."""
+    own = facts.variants.get(values.get(VARIANT, ""), ())
+    words = (*facts.fixed, *own, *(f"{name}={value}" for name, value in values.items()))
+    return any(map(_is_unbounded, words))
 
 
 def check_libraries(planned: Sequence[Planned]) -> None:

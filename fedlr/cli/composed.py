@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlr.errors import FedlrError, LedgerError
+from fedlr.report.chosen import left
 from fedlr.report.facts import FACTS_FILE, RunFacts, read_facts
 from fedlr.report.page.sweep import SweepCost
 from fedlr.report.plan import listed
@@ -197,7 +198,7 @@ def _dominating(run: Spent) -> list[Release]:
 def _about(sweep: Sweep, private: Sequence[Spent]) -> list[str]:
     """Say what is not in the number, and how it was composed."""
     told = []
-    open_runs = len(sweep.cells) - len(sweep.of("finished"))
+    open_runs = len(left(sweep))
     if open_runs:
         told.append(
             f"{open_runs} of {len(sweep.cells)} cells have not finished: what they will still "

@@ -17,6 +17,7 @@ VERBS = {
     "simulate": ("fedlr.cli.simulate", "run a simulated federation on this machine"),
     "sweep": ("fedlr.cli.sweep", "run a grid of configurations, or a study; goes on where it was"),
     "plan": ("fedlr.cli.plan", "print noise and ε of a run or a sweep before it is trained"),
+    "methods": ("fedlr.cli.methods", "list methods, combiners and subspaces, and what they send"),
     "report": ("fedlr.cli.report", "write a run or a sweep as one page with figures"),
     "export": ("fedlr.cli.export", "write the model of a run as others load it"),
     "audit": ("fedlr.cli.audit", "attack a site's private training; bound its ε from below"),
@@ -33,7 +34,8 @@ usage: fedlr simulate [overrides]
        fedlr plan [overrides] [--sizes=<N,N,…>] [--ledgers=<run folder>] [--json]
        fedlr doctor [overrides] [--json]
        fedlr audit [overrides] [--canaries=<n>] [--confidence=<p>] [--json]
-       fedlr report <run folder or sweep> [--output <folder>]
+       fedlr methods [--json]
+       fedlr report <run folder or sweep> [--output <folder>] [--markdown]
        fedlr export <run folder> [--merge] [--output <folder>]
        fedlr ledger <action> <file>
        fedlr predict <run folder> "text" … [--json]

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 OPTIONS = ("--help", "--cfg")
 """What a verb takes beside overrides."""
 
-SWEEP_WORDS = ("sweep", "launcher", "hydra/launcher", "search.trials")
+SWEEP_WORDS = (
+    *("sweep", "launcher", "hydra/launcher", "search.trials", "variant"),
+    *("tune.values", "tune.without_privacy", "tune.seed"),
+)
 """Words that only a sweep has."""
 
 _ALL = "`fedlr simulate --cfg` prints every setting, `--help` every choice"

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlr.cli.arguments import Parser
-from fedlr.errors import RunError
+from fedlr.errors import ConfigError, RunError
 
 _ABOUT = """\
 Write a run or a sweep as one self-contained page, report.html, and its figures as PNG
 and SVG beside it. The run may be finished, interrupted or still going. Prints the
-page's file as its last line."""
+page's file as its last line; with --markdown, the table of a sweep's settings instead."""
 
 
 def run(words: Sequence[str]) -> int:
     """Run the verb.
 
     Args:
-        words: A folder, and ``--output <folder>`` or ``--help``.
+        words: A folder, and ``--output <folder>``, ``--markdown`` or ``--help``.
 
     Returns:
         0; errors are raised as `fedlr.errors.FedlrError`.
@@ -29,10 +29,42 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument(
         "--output", metavar="<folder>", type=Path, help="where to write; default: that folder"
     )
+    parser.add_argument(
+        "--markdown", action="store_true", help="print a sweep's table for a README; write nothing"
+    )
     given = parser.parse(words)
-    if given is not None:
+    if given is None:
+        return 0
+    if not given.markdown:
         print(report(given.folder, given.output))
+    elif given.output is not None:
+        raise ConfigError(["--markdown prints a table and writes nothing; leave --output away"])
+    else:
+        print(markdown(given.folder), end="")
     return 0
+
+
+def markdown(folder: Path) -> str:
+    """Return the settings of the sweep in ``folder`` as a Markdown table with its note.
+
+    Raises:
+        RunError: ``folder`` is no sweep, or none of its settings has a finished run.
+    """
+    from fedlr.report.page import sweep_summary
+    from fedlr.report.page.sweep_cells import read_grid
+    from fedlr.report.sweep import is_sweep, read_sweep
+
+    folder = folder.expanduser()
+    if not is_sweep(folder):
+        _check_run(folder)
+        raise RunError(
+            f"{str(folder)!r} is a run, and --markdown is the table of a sweep; leave it away, or "
+            "name the folder that `fedlr sweep` printed last"
+        )
+    grid = read_grid(read_sweep(folder))
+    if not grid.settings:
+        raise RunError(f"no cell of {str(folder)!r} to be reported has finished, so it has no rows")
+    return sweep_summary.markdown(grid)
 
 
 def report(folder: Path, output: Path | None = None) -> Path:

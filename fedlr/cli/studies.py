@@ -9,9 +9,12 @@ from typing import Any
 
 from fedlr import checks
 from fedlr.errors import ConfigError
+from fedlr.report.tuning import Tuning, slug, tuning_of
 
 GROUP = "sweep"
 """Folder of the studies in ``conf``, and the word that chooses one."""
+
+_KEYS = ("about", "hydra", "search", "without_privacy", "variants", "tune")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,8 @@ class Study:
             in every cell.
         search: What is searched; None for a grid.
         without_privacy: Values by setting of the cells at ``privacy.epsilon=inf`` alone.
+        variants: Overrides by name: each is a row of the table, crossed with ``params``.
+        tune: What is chosen for every combination before it is run; None for nothing.
     """
 
     name: str
@@ -73,6 +78,8 @@ class Study:
     params: Mapping[str, str] = field(default_factory=dict)
     search: Search | None = None
     without_privacy: Mapping[str, str] = field(default_factory=dict)
+    variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tune: Tuning | None = None
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -105,21 +112,27 @@ def _read(path: Path) -> Study:
         content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         if not isinstance(content, dict):
             raise ValueError("it is no mapping")
-        _only("the file", content, ("about", "hydra", "search", "without_privacy"))
+        _only("the file", content, _KEYS)
         hydra = _only("hydra", content.get("hydra") or {}, ("sweeper",))
         params = _only("hydra.sweeper", hydra.get("sweeper") or {}, ("params",)).get("params") or {}
         search = None if content.get("search") is None else _search(content["search"])
-        if (search is None) is (not any("," in str(v) or "(" in str(v) for v in params.values())):
+        variants = _variants(content.get("variants") or {})
+        several = any("," in str(v) or "(" in str(v) for v in params.values()) or len(variants) > 1
+        if (search is None) is (not several):
             raise ValueError("it needs several values in hydra.sweeper.params, or search: one")
         words = {str(name): _word(value) for name, value in params.items()}
         unbounded = content.get("without_privacy") or {}
-        return Study(
+        study = Study(
             name=path.stem,
             about=str(content["about"]),
             params=words,
             search=search,
             without_privacy={str(name): _word(value) for name, value in unbounded.items()},
+            variants=variants,
+            tune=None if content.get("tune") is None else _tune(content["tune"]),
         )
+        _check(study)
+        return study
     except (OSError, OmegaConfBaseException, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
@@ -140,6 +153,44 @@ def _search(values: object) -> Search:
         for name, given in dict(known["parameters"]).items()
     }
     return Search(trials=known["trials"], parameters=ranges)
+
+
+def _tune(values: object) -> Tuning:
+    known = _only("tune", values, ("setting", "values", "without_privacy", "seed"))
+    unbounded = known.get("without_privacy")
+    return tuning_of(
+        str(known["setting"]),
+        str(known["values"]),
+        str(known["seed"]),
+        None if unbounded is None else str(unbounded),
+    )
+
+
+def _variants(values: object) -> dict[str, tuple[str, ...]]:
+    if not isinstance(values, dict):
+        raise ValueError("variants must be a section: a name, and its overrides, a line each")
+    found = {str(name): tuple(_word(words).split()) for name, words in values.items()}
+    if bare := [name for name, words in found.items() if not all("=" in word for word in words)]:
+        raise ValueError(f"variants.{bare[0]} must be overrides, such as method=fedsvd")
+    slugs = [slug(name) for name in found]
+    if twice := [name for name in found if not slug(name) or slugs.count(slug(name)) > 1]:
+        raise ValueError(f"variants.{twice[0]} is named like another one; choose another name")
+    return found
+
+
+def _check(study: Study) -> None:
+    """Raise ValueError where one setting is given a value in two places of a study."""
+    axes = {name for name, value in study.params.items() if "," in value or "(" in value}
+    own = {word.partition("=")[0] for words in study.variants.values() for word in words}
+    if study.search is not None and (study.variants or study.tune):
+        raise ValueError("search goes with neither variants nor tune; leave those away")
+    if clash := sorted((axes | {"seed", "output", "name"}) & own):
+        raise ValueError(f"variants set {clash[0]}, which varies or is the sweep's own")
+    if study.tune is None:
+        return
+    setting = study.tune.setting
+    if setting in own | set(study.params) | set(study.without_privacy) | {"seed"}:
+        raise ValueError(f"tune.setting = {setting} has a value elsewhere in the file too")
 
 
 def _only(where: str, values: object, keys: tuple[str, ...]) -> dict[str, Any]:

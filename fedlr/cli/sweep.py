@@ -5,16 +5,18 @@ from __future__ import annotations
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedlr.cli import cells as grid
-from fedlr.cli.cells import Planned
+from fedlr.cli import tuned
+from fedlr.cli.cells import VARIANT, Planned
 from fedlr.cli.compose import choices, compose, compose_mapping, configuration_folder
 from fedlr.cli.launch import BASIC, LAUNCHERS, Launcher, launch
 from fedlr.cli.studies import GROUP, Search, Study, read_studies
 from fedlr.errors import ConfigError, FedlrError, RunError
+from fedlr.report.chosen import is_complete
 from fedlr.report.folder import check_name, check_output, output_folder
 from fedlr.report.live import say
 from fedlr.report.sweep import (
@@ -28,7 +30,7 @@ from fedlr.report.sweep import (
     write_cell,
     write_sweep_facts,
 )
-from fedlr.report.sweeping import failures, show_sweep
+from fedlr.report.sweeping import failures, show_settings, show_sweep
 
 _USAGE = """\
 usage: fedlr sweep sweep=<study> [overrides]
@@ -50,6 +52,9 @@ options:
                     hydra.launcher.<setting>=<value> is a setting of its own, such as
                     launcher=joblib hydra.launcher.n_jobs=4
   search.trials=<n> of a study that searches: how many cells there are to be
+  tune.values=<…>   of a study that tunes: what is tried for every combination, on a seed of its
+                    own, before the runs that are reported; tune.without_privacy and tune.seed
+  variant=<…>       of a study with variants: some of them, as fedsvd,ffa-lora-kaiming-a
   privacy.epsilon=inf among others is no privacy at all (privacy=none)
 
 choices (section=choice):
@@ -72,6 +77,8 @@ class Request:
         name: Name of the folder; None takes the study's.
         launcher: Where cells run.
         trials: Cells of a search; None takes the study's number.
+        tune: What the command line changes of the study's tuning, by word.
+        variants: Names of variants, apart by commas; None takes all of the study.
     """
 
     words: tuple[str, ...]
@@ -79,6 +86,8 @@ class Request:
     name: str | None = None
     launcher: Launcher = field(default_factory=Launcher)
     trials: int | None = None
+    tune: Mapping[str, str] = field(default_factory=dict)
+    variants: str | None = None
 
     @property
     def search(self) -> Search | None:
@@ -121,8 +130,10 @@ def sweep(request: Request) -> int:
     """Run what is missing of the sweep, show all of it, and return the exit status."""
     request.launcher.check()
     facts, folder = settle(request)
-    if request.search is None:
+    if request.search is None and facts.tuning is None:
         prepared = _gridded(request, facts, folder)
+    elif request.search is None:
+        prepared = _tuned(request, facts, folder)
     else:
         prepared = _searched(request, request.search, facts, folder)
     check_output(folder.parent.parent, facts.name)
@@ -146,14 +157,15 @@ def sweep(request: Request) -> int:
             print(folder, flush=True)
     if problem is not None:
         raise problem
-    return 0 if len(found.of("finished")) == len(found.cells) else RunError.exit_code
+    return 0 if is_complete(found) else RunError.exit_code
 
 
 def _draw(folder: Path) -> None:
-    """Write the page of the sweep; where that fails, the cells are there all the same."""
+    """Show settings and page of the sweep; where that fails, the cells are there all the same."""
     from fedlr.cli.report import report
 
     try:
+        show_settings(read_sweep(folder), sys.stdout)
         say(f"the page of the sweep is {report(folder)}")
     except FedlrError as error:
         say(f"no page of the sweep: {error}")
@@ -167,21 +179,33 @@ def _gridded(request: Request, facts: SweepFacts, folder: Path) -> Work:
     """Check every cell of a grid; return what runs those that are missing."""
     planned = planned_cells(facts, folder)
     grid.check_libraries(planned)
+    return lambda: _run(planned, folder, request.launcher)
 
-    def work() -> None:
-        for cell in planned:
-            place = cell.folder(folder)
-            if not (place / CELL_FILE).exists():
-                place.mkdir(parents=True, exist_ok=True)
-                write_cell(place, cell.facts)
-        done = {cell.facts.cell for cell in read_sweep(folder).of("finished")}
-        left = grid.in_running_order([cell for cell in planned if cell.facts.cell not in done])
-        if done:
-            say(f"{len(done)} of {len(planned)} cells are finished")
-        if left:
-            launch(folder, [cell.facts.cell for cell in left], request.launcher)
 
-    return work
+def _tuned(request: Request, facts: SweepFacts, folder: Path) -> Work:
+    """Check every cell of both stages of a tuned grid; return what runs those that are missing."""
+    known = tuned.stages(facts, read_sweep(folder) if is_sweep(folder) else None)
+    grid.check_libraries((*known.tuning, *known.runs, *known.open))
+    return lambda: tuned.work(
+        facts,
+        lambda: read_sweep(folder),
+        lambda planned: _run(planned, folder, request.launcher),
+    )
+
+
+def _run(planned: Sequence[Planned], folder: Path, launcher: Launcher) -> None:
+    """Write the cells that are not there, and run those of them that have not finished."""
+    for cell in planned:
+        place = cell.folder(folder)
+        if not (place / CELL_FILE).exists():
+            place.mkdir(parents=True, exist_ok=True)
+            write_cell(place, cell.facts)
+    finished = {cell.facts.cell for cell in read_sweep(folder).of("finished")}
+    left = grid.in_running_order([cell for cell in planned if cell.facts.cell not in finished])
+    if len(left) < len(planned):
+        say(f"{len(planned) - len(left)} of {len(planned)} cells are finished")
+    if left:
+        launch(folder, [cell.facts.cell for cell in left], launcher)
 
 
 def _searched(request: Request, wanted: Search, facts: SweepFacts, folder: Path) -> Work:
@@ -212,7 +236,7 @@ def read_request(words: Sequence[str]) -> Request:
         name = aliases.get(name, name)
         if name.startswith("hydra.launcher."):
             settings.append(word.lstrip("+"))
-        elif name not in (GROUP, "launcher", _TRIALS, "name"):
+        elif name not in (GROUP, "launcher", _TRIALS, "name", VARIANT, *tuned.WORDS):
             rest.append(word)
         elif name in own:
             problems.append(f"{word}: {name} is chosen already; give it once")
@@ -230,8 +254,15 @@ def read_request(words: Sequence[str]) -> Request:
     study = studies[own[GROUP]] if GROUP in own else None
     if trials is not None and (study is None or study.search is None):
         raise ConfigError([f"{_TRIALS} is for a study that searches, such as sweep=learning_rate"])
-    count = None if trials is None else int(trials)
-    return Request(tuple(rest), study, own.get("name"), launcher, count)
+    return Request(
+        words=tuple(rest),
+        study=study,
+        name=own.get("name"),
+        launcher=launcher,
+        trials=None if trials is None else int(trials),
+        tune={name: own[name] for name in tuned.WORDS if name in own},
+        variants=own.get(VARIANT),
+    )
 
 
 def settle(request: Request) -> tuple[SweepFacts, Path]:
@@ -248,6 +279,7 @@ def settle(request: Request) -> tuple[SweepFacts, Path]:
                 [f"{', '.join(axes)}: a search takes one value of each setting; leave one"]
             )
         axes = dict.fromkeys(request.search.parameters, ())
+    axes = {**tuned.variants_for(study, request.variants), **axes}
     _check_axes(axes)
     outputs = [word for word in fixed if word.startswith("output=")]
     name = request.name or (study.name if study is not None else grid.default_name(axes))
@@ -261,9 +293,16 @@ def settle(request: Request) -> tuple[SweepFacts, Path]:
         search=request.search is not None,
         without_privacy=_without_privacy(study, set(map(_name, request.words))),
         trials=None if request.search is None else request.search.trials,
+        variants={} if study is None else study.variants,
+        tuning=tuned.tuning_for(study, request.tune),
     )
+    tuned.check_words(facts, request.words)
     folder = output_folder(str(compose_mapping(outputs)["output"])) / SWEEPS / name
-    return (widen(read_sweep(folder).facts, facts) if is_sweep(folder) else facts), folder
+    if not is_sweep(folder):
+        return facts, folder
+    found = widen(read_sweep(folder).facts, facts)
+    tuned.check_words(found, request.words)  # its seeds are those of both
+    return found, folder
 
 
 def _without_privacy(study: Study | None, given: Collection[str]) -> tuple[str, ...]:
@@ -297,10 +336,22 @@ def widen(old: SweepFacts, new: SweepFacts) -> SweepFacts:
             f"{', '.join(new.axes)} {'varies' if len(new.axes) == 1 else 'vary'}, and it was "
             f"begun with {', '.join(old.axes)}"
         )
+    if old.tuning != new.tuning:
+        problems.append("what is tuned differs from what it was begun with")
+    problems += [
+        f"the variant {name} is no longer {' '.join(words)}"
+        for name, words in old.variants.items()
+        if new.variants.get(name, words) != words
+    ]
     if problems:
         way = "give the overrides it was begun with, or another name=<name>"
         raise ConfigError([f"the sweep {new.name!r}: {problem}; {way}" for problem in problems])
-    return replace(old, axes=grid.widened(old.axes, new.axes), trials=new.trials)
+    return replace(
+        old,
+        axes=grid.widened(old.axes, new.axes),
+        trials=new.trials,
+        variants={**old.variants, **new.variants},
+    )
 
 
 def _last(words: Sequence[str]) -> list[str]:

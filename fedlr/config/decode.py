@@ -68,8 +68,8 @@ def setting_names(kind: type[Any] = RunConfig, prefix: str = "") -> tuple[str, .
     """Return the dotted names of all settings and of the sections they are in.
 
     Example:
-        >>> [name for name in setting_names() if name.startswith("subspace")]
-        ['subspace', 'subspace.kind']
+        >>> [name for name in setting_names() if name.startswith("partition")]
+        ['partition', 'partition.kind', 'partition.alpha']
     """
     names: list[str] = []
     for name, hint in typing.get_type_hints(kind).items():

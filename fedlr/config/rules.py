@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fedlr import checks
@@ -85,8 +87,9 @@ def range_problems(config: RunConfig) -> list[str]:
 def cross_problems(config: RunConfig) -> list[str]:
     """Contradictions between fields, each with the way out."""
     rules = [
-        *(*_federation_rules(config), *_data_rules(config)),
-        *(*_model_rules(config), *_tracking_rules(config)),
+        *(*_federation_rules(config), *_data_rules(config), *_subspace_rules(config)),
+        *(*_combine_rules(config), *_model_rules(config), *_tracking_rules(config)),
+        *_rank_rules(config),
     ]
     return [message for broken, message in rules if broken]
 
@@ -158,6 +161,51 @@ def _data_rules(config: RunConfig) -> list[tuple[bool, str]]:
     ]
 
 
+_ALIKE = ("coordinate_median", "trimmed_mean", "krum", "flag")
+"""Combiners that count every client alike."""
+
+_BEARS = ("trimmed_mean", "krum", "multi_krum")
+"""Combiners that are built for a number of malicious clients."""
+
+
+def _combine_rules(config: RunConfig) -> list[tuple[bool, str]]:
+    combine, weights = config.combine, config.method.weights
+    return [
+        (
+            combine.malicious is not None and combine.kind not in _BEARS,
+            f"combine.malicious is set but combine.kind = {combine.kind} has no such setting; set "
+            f"combine.malicious=null, or combine.kind to one of {', '.join(_BEARS)}",
+        ),
+        (
+            combine.bound is not None and combine.kind != "norm_bounded_mean",
+            f"combine.bound is set but combine.kind = {combine.kind} has no such setting; set "
+            "combine.bound=null, or combine=norm_bounded_mean",
+        ),
+        (
+            combine.kind in _ALIKE and weights != "uniform",
+            f"method.weights = {weights} but combine.kind = {combine.kind} counts every client "
+            "alike; set method.weights=uniform",
+        ),
+    ]
+
+
+def _rank_rules(config: RunConfig) -> list[tuple[bool, str]]:
+    ranks, rank = config.adapter.rank_by_client, config.adapter.rank
+    clients = config.federation.clients
+    return [
+        (
+            ranks is not None and len(ranks) != clients,
+            f"adapter.rank_by_client has {len(ranks or ())} ranks for federation.clients = "
+            f"{clients}; give one rank a client, or null",
+        ),
+        (
+            ranks is not None and not all(1 <= own <= rank for own in ranks),
+            f"adapter.rank_by_client = {list(ranks or ())} must be in [1, {rank}], up to "
+            "adapter.rank; lower what is larger, or raise adapter.rank",
+        ),
+    ]
+
+
 def _model_rules(config: RunConfig) -> list[tuple[bool, str]]:
     adapter, head = config.adapter, config.model.head
     return [
@@ -208,6 +256,62 @@ def _model_rules(config: RunConfig) -> list[tuple[bool, str]]:
             "privacy.head_share=null, or model/head=linear",
         ),
     ]
+
+
+_ON_PUBLIC_TEXT = ("activations", "gradient")
+
+
+def _subspace_rules(config: RunConfig) -> list[tuple[bool, str]]:
+    subspace, data = config.subspace, config.data
+    kind, public = subspace.kind, subspace.public
+    return [
+        (
+            kind in _ON_PUBLIC_TEXT and public is None,
+            f"subspace.kind = {kind} needs public text; set subspace.public=<file or folder>, or "
+            "stdlib. Private text is refused: its directions would be a release that no ledger "
+            "books",
+        ),
+        (
+            kind not in _ON_PUBLIC_TEXT and public is not None,
+            f"subspace.public = {public!r} but subspace.kind = {kind} reads no text; set "
+            "subspace.public=null, or subspace=activations or gradient",
+        ),
+        (
+            public is not None and not data.public and _overlap(public, _place(config)),
+            f"subspace.public = {public!r} is, holds or lies in the data of the run, which are not "
+            "declared public; name text that is public, or set data.public=true if they are",
+        ),
+        (
+            kind == "gradient" and config.model.head.kind == "linear",
+            "subspace.kind = gradient but model.head.kind = linear starts at zero, so that no "
+            "gradient reaches the layers; set model/head=label_text, or subspace=activations",
+        ),
+        (
+            kind == "gradient" and public == "stdlib" and data.kind != "stdlib",
+            "subspace.public = stdlib has labels of its own, which subspace.kind = gradient cannot "
+            f"use with data.kind = {data.kind}; name a file of public text with the run's labels, "
+            "or set subspace=activations",
+        ),
+        (
+            subspace.refresh_every > 1 and subspace.refresh != "merge",
+            f"subspace.refresh_every = {subspace.refresh_every} but subspace.refresh = "
+            f"{subspace.refresh} has no merges; set subspace.refresh=merge, or "
+            "subspace.refresh_every=1",
+        ),
+    ]
+
+
+def _place(config: RunConfig) -> str | None:
+    """Where the run's rows may lie on this machine; a hub's data set may be a folder."""
+    return {"file": config.data.path, "hub": config.data.name}.get(config.data.kind)
+
+
+def _overlap(one: str, other: str | None) -> bool:
+    """Whether one place is the other, or in it, links resolved."""
+    if other is None:
+        return False
+    left, right = (Path(os.path.realpath(place)) for place in (one, other))
+    return left.is_relative_to(right) or right.is_relative_to(left)
 
 
 _ADDRESSES = {"mlflow": r"sqlite:///.+|https?://.+", "wandb": r"https?://.+"}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +38,7 @@ from fedlr.report.records import (
     write_atomically,
 )
 from fedlr.report.traces import trace
+from fedlr.report.tuning import Tuning
 
 SWEEPS = "sweeps"
 """Folder of all sweeps, in the output folder of runs."""
@@ -82,6 +83,8 @@ class SweepFacts:
         without_privacy: Overrides of the cells at ``privacy.epsilon=inf`` alone, in place
             of those of the same name: steps that are not clipped need another size.
         trials: Cells that a search is to have; None for a grid.
+        variants: Overrides by name, of the study: the values of the axis ``variant``.
+        tuning: What is chosen for every combination first; None where nothing is.
     """
 
     name: str
@@ -92,6 +95,8 @@ class SweepFacts:
     search: bool = False
     without_privacy: tuple[str, ...] = ()
     trials: int | None = None
+    variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tuning: Tuning | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +111,9 @@ class CellFacts:
         rounds: Rounds it is to run, ≥ 1.
         config: Canonical JSON of its configuration, without ``output`` and ``name``: two
             cells with one text are one cell.
+        tuned: Value of the setting that the sweep tunes: the one that is tried, or the
+            one that was chosen; None where nothing is tuned.
+        tuning: Whether the cell is there to choose that value, and for nothing else.
     """
 
     cell: str
@@ -114,6 +122,8 @@ class CellFacts:
     overrides: tuple[str, ...]
     rounds: int
     config: str
+    tuned: str | None = None
+    tuning: bool = False
 
     def __post_init__(self) -> None:
         checks.at_least("number", self.number, 0)

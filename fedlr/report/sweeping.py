@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
 
 from fedlr.report import units
+from fedlr.report.chosen import choices_of, left
 from fedlr.report.live import is_terminal
 from fedlr.report.sweep import Cell, Sweep
 
@@ -37,17 +38,61 @@ def show_sweep(sweep: Sweep, stream: TextIO) -> None:
     stream.flush()
 
 
+def show_settings(sweep: Sweep, stream: TextIO) -> None:
+    """Write one line per setting where cells are repeats or were tuned; else nothing.
+
+    Raises:
+        RunError: A file that the sweep's cells need is damaged.
+    """
+    from rich.console import Console
+
+    from fedlr.report.page.sweep_cells import read_grid
+    from fedlr.report.page.sweep_summary import note, summary_table
+
+    grid = read_grid(sweep)
+    if not grid.settings or len(grid.settings) == len(grid.results):
+        return
+    table = summary_table(grid)
+    shown = _rich([column.heading for column in table.columns])
+    for row in table.rows:
+        shown.add_row(*(cell.text for cell in row))
+    stream.write("\n")
+    if is_terminal(stream):
+        Console(file=stream, highlight=False, markup=False).print(shown, note(grid), sep="\n")
+    else:
+        sink = io.StringIO()
+        Console(
+            file=sink, width=_WIDTH, color_system=None, force_terminal=False, markup=False
+        ).print(shown, note(grid), sep="\n")
+        stream.write("\n".join(line.rstrip() for line in sink.getvalue().splitlines()) + "\n")
+    stream.flush()
+
+
+def _rich(headings: Iterable[str]) -> Table:
+    """Return an empty table whose first column, a name, is to the left."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+    return table
+
+
 def failures(sweep: Sweep) -> list[str]:
     """Return a sentence for each cell that is not finished, and what helps them."""
-    left = [cell for cell in sweep.cells if cell.state != "finished"]
-    told = [f"{cell.facts.cell}: {_why(cell)}" for cell in left]
-    damaged = len(sweep.of("damaged"))
-    if left:
-        others = "the others" if not damaged else f"{len(left) - damaged} of the others"
-        again = f"; the same command tries {others} again" if damaged < len(left) else ""
-        told.append(
-            f"{len(sweep.cells) - len(left)} of {len(sweep.cells)} cells are finished{again}"
-        )
+    told = [f"{cell.facts.cell}: {_why(cell)}" for cell in sweep.cells if cell.state != "finished"]
+    told += [
+        f"{', '.join(choice.values.values()) or 'all cells'}: every tuning run failed, so nothing "
+        "is reported of it"
+        for choice in choices_of(sweep)
+        if choice.failed
+    ]
+    damaged, open_ = len(sweep.of("damaged")), len(left(sweep))
+    if open_:
+        others = "the others" if not damaged else f"{open_ - damaged} of the others"
+        again = f"; the same command tries {others} again" if damaged < open_ else ""
+        finished = len(sweep.of("finished"))
+        told.append(f"{finished} of {len(sweep.cells)} cells are finished{again}")
     if damaged:
         told.append(
             f"{damaged} {'cell is' if damaged == 1 else 'cells are'} damaged and left alone: {MEND}"
@@ -67,15 +112,19 @@ def _table(sweep: Sweep) -> Table:
     table.add_column("cell", justify="right")
     for axis in sweep.facts.axes:
         table.add_column(axis, overflow="fold")
+    tuning = sweep.facts.tuning
+    if tuning is not None:
+        table.add_column(tuning.setting, justify="right", overflow="fold")
     for name in ("accuracy", "ε max"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for cell in sweep.cells:
-        table.add_row(*(Text(units.printable(text)) for text in _row(sweep.facts.axes, cell)))
+        row = _row(sweep.facts.axes, cell, tuning is not None)
+        table.add_row(*(Text(units.printable(text)) for text in row))
     return table
 
 
-def _row(axes: Iterable[str], cell: Cell) -> list[str]:
+def _row(axes: Iterable[str], cell: Cell, tuned: bool) -> list[str]:
     summary = cell.summary
     accuracy, spent = "—", "—"
     if summary is not None:
@@ -83,9 +132,13 @@ def _row(axes: Iterable[str], cell: Cell) -> list[str]:
         # No privacy at all promises nothing, which is what ∞ says.
         spent = "∞" if summary.epsilon_max is None else units.privacy_loss(summary.epsilon_max)
     values = [_short(cell.facts.values.get(axis, "—")) for axis in axes]
+    if tuned:
+        values.append(_short(cell.facts.tuned or "—"))
     state: str = cell.state
     if summary is not None and summary.rounds < cell.facts.rounds:
         state = f"ended after {summary.rounds} of {cell.facts.rounds} rounds"
+    if cell.facts.tuning:
+        state += ", tuning"
     return [f"{cell.facts.number:03d}", *values, accuracy, spent, state]
 
 

@@ -24,6 +24,7 @@ BUILT = (
 COMPOSITION = (
     *("fedlr.config", "fedlr.planning", "fedlr.forecast"),
     *("fedlr.reuse", "fedlr.method_choice", "fedlr.build", "fedlr.restore", "fedlr.orders"),
+    "fedlr.method_facts",
 )
 
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
@@ -46,6 +47,10 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "fedlr.forecast": (*WORK, "fedlr.config", "fedlr.planning", "fedlr.report.plan"),
     "fedlr.reuse": (*WORK, "fedlr.config"),
     "fedlr.method_choice": (*WORK, "fedlr.config", "fedlr.planning", "fedlr.reuse"),
+    "fedlr.method_facts": (
+        *(*BASE, "fedlr.lowrank", "fedlr.methods"),
+        *("fedlr.config", "fedlr.report.methods"),
+    ),
     "fedlr.build": BUILT,
     "fedlr.restore": BUILT,
     "fedlr.doctor": (*BUILT, "fedlr.restore"),
@@ -72,7 +77,15 @@ OWN = ("fedlr", "server", "client")
 MATHEMATICS = (
     *("fedlr.lowrank", "fedlr.kernels", "fedlr.methods", "fedlr.adapters", "fedlr.privacy"),
     *("fedlr.data", "fedlr.training", "fedlr.audit", "fedlr.planning", "fedlr.build"),
-    *("fedlr.reuse", "fedlr.method_choice", "fedlr.restore", "fedlr.doctor", "server", "client"),
+    *(
+        "fedlr.reuse",
+        "fedlr.method_choice",
+        "fedlr.method_facts",
+        "fedlr.restore",
+        "fedlr.doctor",
+        "server",
+        "client",
+    ),
 )
 
 HOMES: Mapping[str, tuple[str, ...]] = {
@@ -108,7 +121,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "trackio": ("fedlr.report.tracking.trackio",),
     "rich": (
         *("fedlr.report.live", "fedlr.report.plan", "fedlr.report.tables"),
-        *("fedlr.report.sweeping", "fedlr.cli"),
+        *("fedlr.report.sweeping", "fedlr.report.methods", "fedlr.cli"),
     ),
 }
 """Importers by third-party package; a package that is not named here has no home."""

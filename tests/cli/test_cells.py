@@ -13,6 +13,7 @@ from fedlr.cli.cells import combinations, config_of, overrides_of, plan_cells, s
 from fedlr.cli.compose import choices, compose, configuration_folder
 from fedlr.cli.studies import read_studies
 from fedlr.cli.sweep import read_request, settle
+from fedlr.config import setting_names
 from fedlr.errors import ConfigError
 from fedlr.report.sweep import SweepFacts
 
@@ -175,10 +176,11 @@ def test_studies_are_no_choice_of_a_run() -> None:
 def test_a_study_composes(name: str) -> None:
     study = STUDIES[name]
     assert study.about.endswith("?")
-    fixed, axes = sort_words((), study.words)
-    found = SweepFacts(name=name, study=name, about=study.about, fixed=fixed, axes=axes)
+    place = ["data.path=somewhere"] if name == "methods_sst2" else []
+    found, _ = settle(read_request([f"sweep={name}", "name=never", *place]))
+    axes = found.axes
     if study.search is not None:
-        assert not axes
+        assert set(axes) == set(study.search.parameters)
         ends = [
             {key: repr(getattr(r, end)) for key, r in study.search.parameters.items()}
             for end in ("low", "high")
@@ -190,12 +192,18 @@ def test_a_study_composes(name: str) -> None:
     base = {key: values[0] for key, values in axes.items()}
     chosen = [base, *({**base, key: value} for key, values in axes.items() for value in values[1:])]
     assert len(plan_cells(found, chosen)) == len(chosen)
+    if found.tuning is not None:
+        assert str(found.tuning.seed) not in axes["seed"]
+        assert found.tuning.setting in setting_names()
 
 
 def test_there_are_the_studies_that_are_promised() -> None:
     assert {
         "privacy_budget",
         "methods",
+        "methods_tight",
+        "methods_sst2",
+        "subspaces",
         "ranks",
         "participation",
         "heterogeneity",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,6 +104,8 @@ COMPANY: dict[str, tuple[tuple[str, Any], ...]] = {
     "federation.clients": (("federation.clients_per_round", 1),),
     "privacy.head_share": (("model.head.trained", True),),
     "privacy.rows_per_user": (("privacy.unit", "user"),),
+    "combine.malicious": (("combine.kind", "trimmed_mean"),),
+    "combine.bound": (("combine.kind", "norm_bounded_mean"),),
 }
 
 
@@ -128,8 +132,6 @@ def test_every_field_with_a_range_is_in_the_tables(monkeypatch: pytest.MonkeyPat
 
     optional = [
         ("method.pruning", 0.5),
-        ("combine.malicious", 1),
-        ("combine.bound", 1.0),
         ("combine.consensus", 0.5),
         *(("model.head.feature_scale", 1.0), ("partition.alpha", 1.0)),
         *(("method.update_norm_bound", 1.0), ("privacy.delta", 0.1), ("privacy.head_share", 0.5)),
@@ -144,6 +146,8 @@ def test_every_field_with_a_range_is_in_the_tables(monkeypatch: pytest.MonkeyPat
     for path, value in optional:
         values = merged(values, nested(path, value))
     config = from_mapping(values)
+    # No combiner has both settings.
+    config = replace(config, combine=replace(config.combine, malicious=1, bound=1.0))
     monkeypatch.setattr(rules, "checks", Spy())
     assert rules.range_problems(config) == []
     assert sorted(seen) == sorted([*LOWEST, *POSITIVE, *NON_NEGATIVE, *WITHIN])
@@ -172,6 +176,26 @@ CONTRADICTIONS: list[tuple[tuple[tuple[str, Any], ...], str]] = [
         (("privacy.mode", "dry"), ("data.kind", "file"), ("data.path", "x")),
         "privacy.mode = dry",
     ),
+    (
+        (("combine.malicious", 2), ("combine.kind", "flag")),
+        "combine.malicious is set but combine.kind = flag",
+    ),
+    (
+        (("combine.bound", 1.0), ("combine.kind", "krum")),
+        "combine.bound is set but combine.kind = krum",
+    ),
+    (
+        (("method.weights", "declared"), ("combine.kind", "coordinate_median")),
+        "method.weights = declared but combine.kind = coordinate_median",
+    ),
+    (
+        (("federation.clients", 6), ("adapter.rank_by_client", [8, 2])),
+        "adapter.rank_by_client has 2 ranks for federation.clients = 6",
+    ),
+    (
+        (("adapter.rank", 4), ("adapter.rank_by_client", [4, 4, 4, 1, 0, 4])),
+        "adapter.rank_by_client = [4, 4, 4, 1, 0, 4] must be in [1, 4]",
+    ),
     ((("adapter.modules", []),), "adapter.modules is empty"),
     ((("adapter.layers", []),), "adapter.layers is empty"),
     (
@@ -186,6 +210,30 @@ CONTRADICTIONS: list[tuple[tuple[tuple[str, Any], ...], str]] = [
         (("model.precision", "bfloat16"), ("kernels.tokens_per_batch", 512)),
         "kernels.tokens_per_batch is set but model.precision = bfloat16",
     ),
+    ((("subspace.kind", "activations"),), "subspace.kind = activations needs public text"),
+    ((("subspace.public", "x"),), "subspace.public = 'x' but subspace.kind = orthonormal"),
+    (
+        (
+            *(("subspace.kind", "activations"), ("subspace.public", "x/public.csv")),
+            *(("data.kind", "file"), ("data.path", "x")),
+        ),
+        "subspace.public = 'x/public.csv' is, holds or lies in the data",
+    ),
+    (
+        (
+            *(("subspace.kind", "gradient"), ("subspace.public", "x")),
+            *(("model.head.kind", "linear"), ("model.head.trained", True)),
+        ),
+        "subspace.kind = gradient but model.head.kind = linear",
+    ),
+    (
+        (
+            *(("subspace.kind", "gradient"), ("subspace.public", "stdlib")),
+            *(("data.kind", "file"), ("data.path", "x")),
+        ),
+        "subspace.public = stdlib has labels of its own",
+    ),
+    ((("subspace.refresh_every", 2),), "subspace.refresh_every = 2 but subspace.refresh = none"),
     ((("tracking.uri", "https://x"),), "tracking.uri = 'https://x' but tracking.kind = none"),
     (
         (("tracking.kind", "wandb"), ("tracking.uri", "sqlite:///x.db")),
@@ -215,8 +263,8 @@ def test_a_contradiction_is_one_sentence_with_a_way_out(
 def test_every_cross_rule_is_in_the_table() -> None:
     plain = RunConfig()
     groups = (
-        *(rules._federation_rules, rules._data_rules),
-        *(rules._model_rules, rules._tracking_rules),
+        *(rules._federation_rules, rules._data_rules, rules._combine_rules, rules._subspace_rules),
+        *(rules._model_rules, rules._tracking_rules, rules._rank_rules),
     )
     assert sum(len(group(plain)) for group in groups) == len(CONTRADICTIONS)
     assert rules.cross_problems(plain) == []
@@ -239,6 +287,16 @@ CONSISTENT: list[tuple[tuple[str, Any], ...]] = [
     (("privacy.head_share", 0.5), ("model.head.trained", True)),
     (("model.precision", "bfloat16"), ("kernels.physical_batch", None)),
     (("model.precision", "nf4"), ("kernels.tokens_per_batch", 512)),
+    (("subspace.kind", "gradient"), ("subspace.public", "stdlib")),
+    (
+        *(("subspace.kind", "activations"), ("subspace.public", "stdlib")),
+        *(("data.kind", "file"), ("data.path", "x")),
+    ),
+    (
+        *(("subspace.kind", "gradient"), ("subspace.public", "x")),
+        *(("data.kind", "file"), ("data.path", "x"), ("data.public", True)),
+    ),
+    (("subspace.refresh", "merge"), ("subspace.refresh_every", 3)),
     (("tracking.kind", "mlflow"), ("tracking.uri", "sqlite:////tmp/x.db")),
     (("tracking.kind", "mlflow"), ("tracking.uri", "http://127.0.0.1:5000")),
     (
@@ -246,6 +304,9 @@ CONSISTENT: list[tuple[tuple[str, Any], ...]] = [
         ("tracking.uri", "https://own.example"),
     ),
     (("tracking.kind", "trackio"), ("tracking.project", "ward_7.b-2")),
+    *((("combine.kind", kind), ("combine.malicious", 2)) for kind in rules._BEARS),
+    (("combine.kind", "norm_bounded_mean"), ("combine.bound", 0.1), ("method.weights", "declared")),
+    (("combine.kind", "geometric_median"), ("method.weights", "inverse_variance")),
 ]
 
 
@@ -259,3 +320,28 @@ def test_a_password_in_an_address_is_not_repeated(kind: str) -> None:
     found = problems(("tracking.kind", kind), ("tracking.uri", "ftp://me:secret@host"))
     assert len(found) == 2
     assert "secret" not in "".join(found)
+
+
+@pytest.mark.parametrize(
+    ("public", "own", "same"),
+    [
+        ("rows", "rows", True),
+        ("rows/public.csv", "rows", True),
+        ("rows", "rows/train.csv", True),
+        ("rows/../rows", "./rows", True),
+        ("link", "rows", True),
+        ("rows2", "rows", False),
+        ("other/rows", "rows", False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["file", "hub"])
+def test_private_rows_are_not_public_text_under_another_name(
+    public: str, own: str, same: bool, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "link").symlink_to("rows")
+    settings = [("subspace.kind", "activations"), ("subspace.public", public), ("data.kind", kind)]
+    found = problems(*settings, ("data.path" if kind == "file" else "data.name", own))
+    assert len(found) == same
+    assert all("not declared public" in text for text in found)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedlr.errors import RunError
 from fedlr.report import places, units
+from fedlr.report.chosen import SEED, left
 from fedlr.report.page import frame, sweep_choice, sweep_figures, sweep_tables, sweep_tests
 from fedlr.report.page.frame import Block, Code, Facts, Figures, Folded, Page, Section, Text
 from fedlr.report.page.sweep_axis import name_of, value_of
-from fedlr.report.page.sweep_cells import EPSILON, SEED, Grid, number_of, read_grid
+from fedlr.report.page.sweep_cells import EPSILON, VARIANT, Grid, number_of, read_grid
 from fedlr.report.page.sweep_choice import SweepCost
 from fedlr.report.page.sweep_trade import trade as trade_of
-from fedlr.report.sweep import SWEEPS, CellState, Sweep, read_sweep
+from fedlr.report.sweep import SWEEPS, CellState, Sweep, SweepFacts, read_sweep
 from fedlr.report.sweeping import MEND
+from fedlr.report.tuning import Tuning, slug
 
 __all__ = ["SweepCost", "page", "write"]
 
@@ -88,8 +92,14 @@ def page(grid: Grid, cost: SweepCost | None = None) -> Page:
 
 def notices(grid: Grid) -> tuple[str, ...]:
     """Return what a reader must know first: what is missing, and what does not belong here."""
-    sweep, told = grid.sweep, list[str]()
+    # A tuning run that failed where another value was chosen is no gap.
+    sweep, told = _that_matters(grid.sweep), list[str]()
     finished, total = len(sweep.of("finished")), len(sweep.cells)
+    for choice in grid.unchosen:
+        told.append(
+            f"{name_of(tuple(choice.values.items()))}: every tuning run failed, so nothing is "
+            "reported of it."
+        )
     if finished < total:
         parts = [part for state, one, many in _STATES if (part := _of(sweep, state, one, many))]
         have = f"{'cell' if total == 1 else 'cells'} {'has' if finished == 1 else 'have'}"
@@ -115,6 +125,11 @@ def notices(grid: Grid) -> tuple[str, ...]:
     return (*told, *_of_runs(sweep))
 
 
+def _that_matters(sweep: Sweep) -> Sweep:
+    kept = {cell.facts.cell for cell in (*left(sweep), *sweep.of("finished"))}
+    return replace(sweep, cells=tuple(c for c in sweep.cells if c.facts.cell in kept))
+
+
 def command(sweep: Sweep) -> str:
     """Return the command that makes the sweep, or goes on with it, on this machine."""
     return " ".join(map(shlex.quote, _words(sweep)))
@@ -129,11 +144,32 @@ def _words(sweep: Sweep) -> list[str]:
     facts = sweep.facts
     words = ["fedlr", "sweep", *([f"sweep={facts.study}"] if facts.study else [])]
     axes = () if facts.search else facts.axes.items()
-    words += [*facts.fixed, *(f"{name}={','.join(values)}" for name, values in axes)]
+    words += [
+        *facts.fixed,
+        *(word for name, values in axes if (word := _axis(facts, name, values))),
+    ]
+    if facts.tuning is not None:
+        words += _tuning(facts.tuning)
     if facts.search and facts.study:
         words.append(f"search.trials={max(len(sweep.cells), facts.trials or 1)}")
     # The folder may have been renamed: its name is what finds it.
     return [*words, f"name={_place(sweep.folder).name}", *_output(sweep.folder)]
+
+
+def _axis(facts: SweepFacts, name: str, values: Sequence[str]) -> str:
+    """Return an axis as a word; empty where it is all the variants of the study."""
+    if name != VARIANT:
+        return f"{name}={','.join(values)}"
+    return "" if set(values) == set(facts.variants) else f"{name}={','.join(map(slug, values))}"
+
+
+def _tuning(tuning: Tuning) -> list[str]:
+    without = ",".join(tuning.without_privacy)
+    return [
+        f"tune.values={','.join(tuning.values)}",
+        *([f"tune.without_privacy={without}"] if without else []),
+        f"tune.seed={tuning.seed}",
+    ]
 
 
 def _output(folder: Path) -> list[str]:
@@ -152,11 +188,7 @@ def _sections(grid: Grid, cost: SweepCost | None) -> tuple[Section, ...]:
     pictures, trade = sweep_figures.pictures(grid), trade_of(grid)
     drawings = (*pictures, *((trade,) if trade else ()))
     figures = (Figures(drawings),) if drawings else ()
-    settings = (
-        (Text(sweep_tables.ABOUT_SETTINGS), sweep_tables.settings_table(grid))
-        if grid.settings
-        else ()
-    )
+    settings = _settings(grid)
     tests = sweep_tests.compare(grid)
     return (
         Section("In short", _short(grid, cost)),
@@ -166,6 +198,14 @@ def _sections(grid: Grid, cost: SweepCost | None) -> tuple[Section, ...]:
         Section("All cells", (Text(sweep_tables.ABOUT_CELLS), sweep_tables.cells_table(grid))),
         Section("This sweep", _about(grid)),
     )
+
+
+def _settings(grid: Grid) -> tuple[Block, ...]:
+    if not grid.settings and not grid.unchosen:
+        return ()
+    tuned = sweep_tables.about_tuning(grid)
+    about = (Text(sweep_tables.ABOUT_SETTINGS), *((Text(tuned),) if tuned else ()))
+    return (*about, sweep_tables.settings_table(grid))
 
 
 def _short(grid: Grid, cost: SweepCost | None) -> tuple[Block, ...]:
@@ -225,8 +265,15 @@ def _about(grid: Grid) -> tuple[Block, ...]:
         if facts.search
         else seeds
     )
+    variants = tuple(
+        (name, " ".join(places.shown(facts.variants[name])))
+        for name in facts.axes.get(VARIANT, ())
+        if name in facts.variants
+    )
+    if facts.tuning is not None:
+        how += f" {sweep_tables.about_tuning(grid)}"
     return (
-        Facts((*study, *axes, *fixed)),
+        Facts((*study, *axes, *fixed, *variants)),
         Text(how),
         Code("To make it, or to go on with it:", _public_command(grid.sweep)),
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fedlr.report import units
-from fedlr.report.page.sweep_cells import EPSILON, METHOD, Values, number_of
+from fedlr.report.page.sweep_cells import EPSILON, MAIN, METHOD, Values, number_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +38,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 _MOST_TICKS = 10
 """Of more values, as a search has them, round numbers are the ticks."""
+
+_WIDEST_LABELS = 60
+"""Characters of all names of a category that stand beside one another; of more, they lean."""
 
 _BEYOND = 0.2
 """Distance of ∞ from the largest number, as a share of the axis of numbers."""
@@ -150,6 +153,10 @@ def apply(scale: Scale, axes: Axes, theme: Theme) -> None:
     axes.xaxis.set_major_formatter(
         FixedFormatter([label.replace("$", r"\$") for _, label in ticks])
     )
+    if scale.kind == "category" and sum(len(label) for _, label in ticks) > _WIDEST_LABELS:
+        axes.tick_params(axis="x", labelrotation=25)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
     end = scale.high if scale.infinity is None else scale.infinity
     if scale.kind == "log" and end > scale.low:
         margin = (end / scale.low) ** 0.06
@@ -165,9 +172,9 @@ def apply(scale: Scale, axes: Axes, theme: Theme) -> None:
 
 
 def name_of(values: Values) -> str:
-    """Return values as a legend has them: a method by its name, the others with theirs."""
+    """Return values as a legend has them: a method or variant by its name, others with theirs."""
     return ", ".join(
-        units.printable(value) if name == METHOD else f"{label_of(name)} {value_of(name, value)}"
+        units.printable(value) if name in MAIN else f"{label_of(name)} {value_of(name, value)}"
         for name, value in values
     )
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +16,20 @@ from typing import Any
 
 from fedlr.errors import RunError
 from fedlr.report import units
+from fedlr.report.chosen import SEED, Choice, choice_by_key
 from fedlr.report.facts import read_facts
 from fedlr.report.folder import CONFIG_FILE
 from fedlr.report.statistics import Interval, interval
 from fedlr.report.sweep import Cell, Sweep
 
-SEED, EPSILON, METHOD = "seed", "privacy.epsilon", "method"
+EPSILON, METHOD, VARIANT = "privacy.epsilon", "method", "variant"
 """Settings that mean something to a report; of all others it knows the values alone."""
 
 Values = tuple[tuple[str, str], ...]
 """(setting, value) pairs, in the order of the axes."""
+
+MAIN = (VARIANT, METHOD)
+"""Axes whose values are known by their own names, the first one first."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Result:
         rounds: Finished rounds.
         cumulative: Whether that ε counts other runs too: a client's ledger is its
             operator's.
+        server_s: Median over the completed rounds of what the server spent aggregating,
+            seconds; None where no round tells.
     """
 
     cell: Cell
@@ -60,6 +67,7 @@ class Result:
     wall_s: float | None
     rounds: int
     cumulative: bool = False
+    server_s: float | None = None
 
     @property
     def name(self) -> str:
@@ -81,6 +89,10 @@ class Setting:
         accuracy: Mean and interval over them.
         epsilon: The largest ε of any of them.
         traffic: Mean payload of a whole run, bytes; None where one is not known.
+        bytes_up: Mean payload of one client in one round, upwards.
+        bytes_down: The same, downwards.
+        server_s: Median over the runs of their `Result.server_s`; None where none tells.
+        choice: How the tuned value was chosen; None where nothing is tuned.
     """
 
     values: Values
@@ -88,6 +100,10 @@ class Setting:
     accuracy: Interval
     epsilon: float
     traffic: float | None
+    bytes_up: float
+    bytes_down: float
+    server_s: float | None
+    choice: Choice | None = None
 
     def value(self, name: str) -> str:
         """Return the value of one axis."""
@@ -113,11 +129,16 @@ class Grid:
 
     @cached_property
     def counted(self) -> tuple[Result, ...]:
-        """Finished cells with an accuracy that belong to the others: what pictures show."""
+        """Finished cells with an accuracy that belong to the others: what pictures show.
+
+        Runs that were there to choose a value are none of them.
+        """
         return tuple(
             result
             for result in self.results
-            if result.accuracy is not None and result.cell.facts.cell not in self.strangers
+            if result.accuracy is not None
+            and result.cell.facts.cell not in self.strangers
+            and not result.cell.facts.tuning
         )
 
     @property
@@ -131,7 +152,17 @@ class Grid:
         found: dict[Values, list[Result]] = defaultdict(list)
         for result in self.counted:
             found[result.without(SEED)].append(result)
-        return tuple(_setting(values, found[values]) for values in sorted(found, key=self._place))
+        chosen = choice_by_key(self.sweep)
+        return tuple(
+            _setting(values, found[values], chosen.get(frozenset(values)))
+            for values in sorted(found, key=self._place)
+        )
+
+    @cached_property
+    def unchosen(self) -> tuple[Choice, ...]:
+        """Combinations whose tuning runs have all failed: nothing is reported of them."""
+        found = choice_by_key(self.sweep).values()
+        return tuple(choice for choice in found if choice.failed)
 
     def _place(self, values: Values) -> tuple[int, ...]:
         return tuple(self.axes[name].index(value) for name, value in values)
@@ -171,7 +202,11 @@ def number_of(value: str) -> float | None:
 
 
 def _seen(sweep: Sweep, name: str, strangers: Mapping[str, str]) -> Iterable[str]:
-    return (cell.facts.values[name] for cell in sweep.cells if cell.facts.cell not in strangers)
+    return (
+        cell.facts.values[name]
+        for cell in sweep.cells
+        if cell.facts.cell not in strangers and not cell.facts.tuning
+    )
 
 
 def _result(cell: Cell, axes: Iterable[str]) -> Result:
@@ -199,7 +234,12 @@ def _result(cell: Cell, axes: Iterable[str]) -> Result:
         wall_s=summary.wall_s,
         rounds=summary.rounds,
         cumulative=summary.epsilon_max is not None and _is_cumulative(cell.run),
+        server_s=_middle([one.server_s for one in rounds if one.accepted]),
     )
+
+
+def _middle(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _is_cumulative(run: Path) -> bool:
@@ -212,7 +252,7 @@ def _is_cumulative(run: Path) -> bool:
     return bool(facts.sources) and list(facts.sources) != own
 
 
-def _setting(values: Values, results: Sequence[Result]) -> Setting:
+def _setting(values: Values, results: Sequence[Result], choice: Choice | None) -> Setting:
     known = [result.traffic for result in results if result.traffic is not None]
     return Setting(
         values=values,
@@ -220,6 +260,10 @@ def _setting(values: Values, results: Sequence[Result]) -> Setting:
         accuracy=interval([result.accuracy for result in results if result.accuracy is not None]),
         epsilon=max(result.epsilon for result in results if result.epsilon is not None),
         traffic=sum(known) / len(known) if len(known) == len(results) else None,
+        bytes_up=statistics.fmean(result.bytes_up or 0 for result in results),
+        bytes_down=statistics.fmean(result.bytes_down or 0 for result in results),
+        server_s=_middle([one.server_s for one in results if one.server_s is not None]),
+        choice=choice,
     )
 
 
@@ -242,6 +286,10 @@ def _strangers(sweep: Sweep) -> dict[str, str]:
 def _misfit(cell: Cell, sweep: Sweep) -> str | None:
     """Say how a cell's values do not fit the axes; None where they do."""
     axes, values = sweep.facts.axes, cell.facts.values
+    if (cell.facts.tuned is not None) is not (sweep.facts.tuning is not None):
+        return "it is tuned and the others are not, or the other way round"
+    if cell.facts.tuning and sweep.facts.tuning is not None:
+        axes = {**axes, SEED: (str(sweep.facts.tuning.seed),)}
     if set(values) != set(axes):
         differing = units.printable(", ".join(sorted(set(values) ^ set(axes))))
         return f"its axes are not those of sweep.json ({differing})"

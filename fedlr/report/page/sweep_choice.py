@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedlr.report import places, units
+from fedlr.report.chosen import SEED
 from fedlr.report.page.frame import Block, Code, Listing, Text
-from fedlr.report.page.sweep_cells import SEED, Grid, Result, Setting
+from fedlr.report.page.sweep_cells import Grid, Result, Setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,16 @@ def honest(grid: Grid, cost: SweepCost | None) -> list[str]:
         "Whoever chooses one of several runs by its result has looked at all of them: the choice "
         "costs what all runs on the same private data spent together, not the ε of the chosen one."
     )
-    return [everyone, _spent(cost), _about_validation(grid)]
+    return [everyone, *_about_tuning(grid), _spent(cost), _about_validation(grid)]
+
+
+def _about_tuning(grid: Grid) -> list[str]:
+    """Say that tuning was a choice too; nothing where nothing was tuned."""
+    count = sum(result.cell.facts.tuning for result in grid.results)
+    if not count:
+        return []
+    runs = "1 run was" if count == 1 else f"{count} runs were"
+    return [f"{runs} there to tune: they looked at the same data, and are among all runs here."]
 
 
 def _spent(cost: SweepCost | None) -> str:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fedlr.report import units
+from fedlr.report.chosen import SEED
 from fedlr.report.page import sweep_axis
 from fedlr.report.page.drawing import Drawing, Theme, draw, literal
 from fedlr.report.page.sweep_axis import (
@@ -23,8 +24,8 @@ from fedlr.report.page.sweep_axis import (
 )
 from fedlr.report.page.sweep_cells import (
     EPSILON,
+    MAIN,
     METHOD,
-    SEED,
     Grid,
     Setting,
     Values,
@@ -100,7 +101,7 @@ def pictures(grid: Grid) -> tuple[Drawing, ...]:
 def horizontal(grid: Grid) -> str:
     """Return the setting along the pictures of accuracy; never the seed."""
     varied = grid.varied
-    for name in (EPSILON, *(name for name in varied if name != METHOD), METHOD, *grid.axes):
+    for name in (EPSILON, *(name for name in varied if name not in MAIN), *MAIN, *grid.axes):
         if name in varied:
             return name
     return next((name for name in grid.axes if name != SEED), METHOD)
@@ -114,19 +115,23 @@ def _of_grid(grid: Grid, settings: Sequence[Setting]) -> list[Picture]:
     combinations = list(dict.fromkeys(_part(setting.values, others) for setting in settings))
     inner = others
     if len(combinations) > MOST_LINES:
-        inner = [METHOD] if METHOD in others else others[:1]
+        inner = [name for name in MAIN if name in others][:1] or others[:1]
     outer = [name for name in others if name not in inner]
     parts = dict.fromkeys(_part(setting.values, outer) for setting in settings)
     return [
-        _picture(
-            grid,
-            axis,
-            [setting for setting in settings if _part(setting.values, outer) == part],
-            inner,
-            name_of(part) if part else "",
-        )
+        _picture(grid, axis, group, inner, name_of(part) if part else "")
         for part in parts
+        for group in _groups(
+            [setting for setting in settings if _part(setting.values, outer) == part], inner
+        )
     ]
+
+
+def _groups(settings: Sequence[Setting], inner: Sequence[str]) -> list[list[Setting]]:
+    """Return the settings of one picture, parted so that none has more than `MOST_LINES`."""
+    lines = list(dict.fromkeys(_part(setting.values, inner) for setting in settings))
+    parts = [lines[at : at + MOST_LINES] for at in range(0, len(lines), MOST_LINES)]
+    return [[one for one in settings if _part(one.values, inner) in part] for part in parts]
 
 
 def _of_search(grid: Grid, settings: Sequence[Setting]) -> list[Picture]:

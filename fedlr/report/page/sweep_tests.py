@@ -12,11 +12,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedlr.report.page.sweep_cells import EPSILON, METHOD, SEED, Grid, Result, Values
+from fedlr.report.chosen import SEED
+from fedlr.report.page.sweep_cells import EPSILON, MAIN, Grid, Result, Values
 from fedlr.report.statistics import Paired, holm, paired
 
 MOST_VALUES = 8
-"""More values of an axis make more pairs than anybody reads."""
+"""More values of an axis make more pairs than anybody reads: of methods and variants the first
+is compared with each other one then, of other axes nothing is.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Comparisons:
 
 
 def compare(grid: Grid) -> Comparisons | None:
-    """Return the comparisons of methods, else of the first other axis; None without any.
+    """Return the comparisons of variants, methods or the first other axis; None without any.
 
     A search has none: its values were chosen by their results.
     """
@@ -67,7 +70,7 @@ def compare(grid: Grid) -> Comparisons | None:
         return None
     by_seed = len({result.values.get(SEED) for result in grid.counted}) > 1
     overall, single = list[Comparison](), list[Comparison]()
-    for first, second in itertools.combinations(grid.axes[axis], 2):
+    for first, second in _pairs(grid.axes[axis]):
         arms = (_arm(grid, axis, first), _arm(grid, axis, second))
         if (found := _overall(arms, by_seed)) is not None:
             overall.append(Comparison(first, second, (), *found, None))
@@ -81,12 +84,20 @@ def compare(grid: Grid) -> Comparisons | None:
     return Comparisons(axis, by_seed, _corrected(overall), _corrected(single) if several else ())
 
 
+def _pairs(values: Sequence[str]) -> list[tuple[str, str]]:
+    if len(values) > MOST_VALUES:
+        return [(values[0], other) for other in values[1:]]
+    return list(itertools.combinations(values, 2))
+
+
 def _axis(grid: Grid) -> str | None:
     if grid.sweep.facts.search:
         return None
     names = [name for name in grid.varied if name != EPSILON]
-    chosen = METHOD if METHOD in names else next(iter(names), None)
-    return None if chosen is None or len(grid.axes[chosen]) > MOST_VALUES else chosen
+    chosen = next((name for name in (*MAIN, *names) if name in names), None)
+    if chosen is None or (chosen not in MAIN and len(grid.axes[chosen]) > MOST_VALUES):
+        return None
+    return chosen
 
 
 def _arm(grid: Grid, axis: str, value: str) -> dict[Values, float]:

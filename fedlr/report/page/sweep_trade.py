@@ -13,7 +13,7 @@ from fedlr.report.page.drawing import Drawing, Theme, draw, literal
 from fedlr.report.page.sweep_axis import MARKERS, Scale, legend, name_of
 from fedlr.report.page.sweep_cells import (
     EPSILON,
-    METHOD,
+    MAIN,
     Grid,
     Setting,
     Values,
@@ -164,9 +164,9 @@ def _trade_scale(grid: Grid, known: Sequence[Setting]) -> Scale:
 
 
 def _coloured_by(grid: Grid) -> str | None:
-    """Return the setting that colours tell: the method, else what is not along the axis."""
+    """Return the setting that colours tell: variant or method, else what is not along the axis."""
     others = [name for name in grid.varied if name != EPSILON]
-    chosen = METHOD if METHOD in others else next(iter(others), None)
+    chosen = next((name for name in (*MAIN, *others) if name in others), None)
     return None if chosen is None or len(grid.axes[chosen]) > MOST_LINES else chosen
 
 

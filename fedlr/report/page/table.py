@@ -112,3 +112,13 @@ def size(value: int | float | None) -> Cell:
 def seconds(value: float | None) -> Cell:
     """Return a duration."""
     return Cell("—") if value is None else Cell(units.duration(value), value)
+
+
+def milliseconds(value: float | None) -> Cell:
+    """Return a short duration, given in seconds, in milliseconds.
+
+    Example:
+        >>> milliseconds(0.01234).text, milliseconds(None).text
+        ('12.3 ms', '—')
+    """
+    return Cell("—") if value is None else Cell(f"{1000 * value:.3g} ms", value)
