@@ -162,15 +162,18 @@ class Site:
     def _complete_job(self, job: Job) -> Prepared | ClientUpdate | Abstention:
         """Go on with the job whose A's the rotations stand for; nothing is booked before."""
         try:
+            # Before the product: a basis of another shape could make it as large as memory.
+            basis = {key: value for key, value in job.parts.items() if key.role is Role.A}
+            self.trainer.check(basis, frozenset())
             found = completed(job, self._basis)
         except ValueError as error:
             return self._bad_job(error)
         if found is None:
             return self._abstain("no_base")
-        whole, basis = found
+        whole, used = found
         answer = self._prepare(whole)
         if not isinstance(answer, Abstention) or answer.code not in ("bad_job", "policy"):
-            self._basis = basis
+            self._basis = used
         return answer
 
     def _bad_job(self, problem: object) -> Abstention:

@@ -88,7 +88,9 @@ def method_problems(config: RunConfig) -> list[str]:
     settings = (combine.kind, combine.malicious, combine.bound, combine.consensus)
     return [
         *combiners.problems_of(*settings, clients),
-        *problems_of(config.method.name, combine.kind, _options(config)),
+        *problems_of(
+            config.method.name, combine.kind, _options(config), combine.consensus is not None
+        ),
         *_refresh_problems(config),
         *folding_problems(config),
         *_rank_problems(config),

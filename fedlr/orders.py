@@ -17,6 +17,7 @@ from typing import Protocol
 
 from fedlr.config import RunConfig, to_json
 from fedlr.errors import ConfigError, LedgerError, RunError
+from fedlr.methods.registry import METHODS
 from fedlr.planning import client_name
 from fedlr.privacy.earlier import Earlier, read_ledger
 from fedlr.privacy.ledger import SqliteLedger
@@ -167,6 +168,7 @@ def hold_policies(
             delta=client.delta,
             method=config.method.name,
             labels=labels,
+            columns=_columns(config),
         )
         problems += limits.conflicts(run)
         if limits.ledger is None:
@@ -185,6 +187,12 @@ def hold_policies(
     if problems:
         raise ConfigError(problems)
     return held
+
+
+def _columns(config: RunConfig) -> int | None:
+    """Return how many columns every client must train; None where the method mixes ranks."""
+    kind = METHODS.get(config.method.name)
+    return None if kind is None or kind.facts.mixed_ranks else config.adapter.rank
 
 
 def _read_own(

@@ -6,7 +6,8 @@ import hashlib
 import json
 import secrets
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -251,12 +252,14 @@ def read_config(folder: Path, facts: RunFacts) -> RunConfig:
     """
     path = folder / CONFIG_FILE
     try:
-        config = from_mapping(json.loads(path.read_text(encoding="utf-8"))["config"])
+        written = json.loads(path.read_text(encoding="utf-8"))["config"]
+        config = from_mapping(written)
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise RunError(f"{path} is damaged: {error}; bring it back from a copy") from error
-    if _digest(config) != facts.config_sha256:
+    # As it was written: an earlier version has no word for the settings that came since.
+    if _digest(written) != facts.config_sha256:
         raise RunError(
             f"{path} is not the configuration that the run began with; bring it back as it was, or "
             "start a new run with the other one"
@@ -269,7 +272,7 @@ def facts_of(workbench: Workbench, run: str) -> RunFacts:
     config, provenance = workbench.config, workbench.provenance
     return RunFacts(
         run=run,
-        config_sha256=_digest(config),
+        config_sha256=_digest(asdict(config)),
         model=workbench.base.name,
         data=config.data.label,
         data_sha256=workbench.data.publishable_sha256,
@@ -351,5 +354,7 @@ def _first(workbench: Workbench) -> Checkpoint:
     return Checkpoint(workbench.method.init(workbench.layout, generator))
 
 
-def _digest(config: RunConfig) -> str:
-    return hashlib.sha256(to_json(config).encode()).hexdigest()
+def _digest(written: Mapping[str, Any]) -> str:
+    """Return sha256, hex, of a configuration in the form of `fedlr.config.to_json`."""
+    text = json.dumps(written, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -188,6 +188,12 @@ class FederatedStrategy(Strategy):
             check_ranks(self._membership.members, self.method, self._at.state.layout)
             check_weights(self._membership.members, self.config.weights)
             count = len(self._membership.members)
+            if count < self._smallest:
+                raise RunError(
+                    f"{count} clients were admitted, but the combiner of {self.method.name} needs "
+                    f"{self._smallest} updates a round; take another one, or start more clients: "
+                    f"{' '.join(self._membership.notices)}"
+                )
             self._hooks.progress.start(self.config.rounds, f"{self.method.name}, {count} clients")
             if self._at.state.round == 0:
                 accuracy, _ = self._measure(self._at.state)

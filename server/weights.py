@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Literal
 
@@ -23,7 +24,9 @@ def weights_of(members: Sequence[Member], kind: Weights) -> list[float]:
             estimates, by the inequality of Cauchy and Schwarz).
 
     Returns:
-        A finite number ≥ 0 per client, in order; all 1 where no client adds noise.
+        A finite number ≥ 0 per client, in order; all 1 where no client adds noise. By
+        ``inverse_variance`` it is > 0, however small a σ another client announces: only a
+        client of weight 0 does not count as one that took part.
 
     Note:
         σ and size are what the sites announce: one that understates its σ, or overstates
@@ -36,7 +39,7 @@ def weights_of(members: Sequence[Member], kind: Weights) -> list[float]:
     if kind == "uniform" or least == 0:
         return [1.0] * len(members)
     # Relative to the least, because 1/σ² of a tiny σ is not finite.
-    return [(least / sigma) ** 2 for sigma in sigmas]
+    return [max((least / sigma) ** 2, sys.float_info.min) for sigma in sigmas]
 
 
 def check_weights(members: Sequence[Member], kind: Weights) -> None:

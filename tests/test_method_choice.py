@@ -256,6 +256,12 @@ def test_the_combiner_of_the_configuration_is_the_method_s(settings: Any) -> Non
             {"combine": {"kind": "krum", "malicious": 2}},
             r"combine\.kind = krum with combine\.malicious = 2 needs 7 clients",
         ),
+        (
+            {},
+            {"method": {"name": "fedask"}, "combine": {"consensus": 0.5}},
+            r"combine\.consensus is set but not all that method\.name = fedask averages is "
+            r"filtered by it; set combine\.consensus=null, or one of fedsvd,",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence_with_a_way_out(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedlr.config import DataConfig, PrivacyConfig, RunConfig, from_json
 from fedlr.errors import ConfigError, LedgerError, RunError
+from fedlr.methods.registry import METHODS
 from fedlr.orders import (
     check_policies,
     order_file,
@@ -163,6 +165,23 @@ def test_conflicts_of_all_clients_are_told_at_once(tmp_path: Path) -> None:
         check_policies(config, [plan(name) for name in SIGMA], ("a", "b"))
     for name, problem in zip(SIGMA, caught.value.problems, strict=True):
         assert f"the policy of {name} says declared_size = 9, the run 8" in problem
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_policy_of_few_columns_is_refused_where_the_method_cannot_do_with_them(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "client-001.toml").write_text("[allow]\nmax_rank = 2\n")
+    config = RunConfig(privacy=PrivacyConfig(policies=str(tmp_path)))
+    config = replace(config, method=replace(config.method, name=name))
+    clients = [plan(client) for client in SIGMA]
+    if METHODS[name].facts.mixed_ranks:
+        check_policies(config, clients, ("a", "b"))
+        return
+    with pytest.raises(ConfigError, match=rf"client-001 allows max_rank = 2, but method {name}"):
+        check_policies(config, clients, ("a", "b"))
+    fitting = replace(config, adapter=replace(config.adapter, rank=2))
+    check_policies(fitting, clients, ("a", "b"))
 
 
 def test_places_hold_in_a_process_that_works_elsewhere(

@@ -6,7 +6,6 @@ parameter, and the one that it had is put aside.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -103,19 +102,27 @@ def original_weight(layer: nn.Module) -> Tensor:
 
 
 def product_norm(pair: Factors) -> float:
-    """Return ‖s·B·A‖, Frobenius, of factors (m, q) and (q, n), computed in float64.
+    """Return ‖s·B·A‖, Frobenius, of factors (m, q) and (q, n), with what rounding may add to it.
 
-    Forms m × n only where q is not the smallest of the three: ‖BA‖² = tr(BᵀB·AAᵀ).
+    Forms m × n only where q is not the smallest of the three: ‖BA‖ = ‖R₁R₂ᵀ‖ of B = Q₁R₁
+    and Aᵀ = Q₂R₂. Not tr(BᵀB·AAᵀ): where large columns cancel, squares lose the product.
+
+    Guarantees:
+        In float64, and not less than the norm of the product that `fold` adds to W: what
+        rounding makes of ‖B‖·‖A‖ is counted, at most (m + n)·q units of the last place.
 
     Example:
-        >>> product_norm(Factors(torch.tensor([[3.0], [4.0]]), torch.tensor([[1.0, 1.0]]), 2.0))
-        14.142135623730951
+        >>> pair = Factors(torch.tensor([[3.0], [4.0]]), torch.tensor([[1.0, 1.0]]), 2.0)
+        >>> round(product_norm(pair), 9)
+        14.142135624
     """
     b, a = pair.b.double(), pair.a.double()
-    if pair.rank >= min(b.shape[0], a.shape[1]):
-        return pair.scaling * float((b @ a).norm())
-    squared = float(((b.mT @ b) * (a @ a.mT)).sum())
-    return pair.scaling * math.sqrt(max(squared, 0.0))
+    left, right = b, a
+    if pair.rank < min(b.shape[0], a.shape[1]):
+        left, right = (torch.linalg.qr(b, mode="r").R, torch.linalg.qr(a.mT, mode="r").R.mT)
+    unit = torch.finfo(torch.float64).eps
+    rounding = unit * (b.shape[0] + a.shape[1]) * pair.rank * float(b.norm()) * float(a.norm())
+    return pair.scaling * (float((left @ right).norm()) + rounding)
 
 
 def _same(one: Factors, other: Factors) -> bool:

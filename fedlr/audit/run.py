@@ -96,7 +96,9 @@ class Report:
         return self.bound > self.claim.epsilon
 
 
-def first_job(method: Method, layout: Layout, seed: int, provenance: Provenance) -> Job:
+def first_job(
+    method: Method, layout: Layout, seed: int, provenance: Provenance, rank: int | None = None
+) -> Job:
     """Return the job of the method's private phase in round 0, as its server would send it.
 
     Everything that trains is asked for, whatever the method itself would have sent.
@@ -106,10 +108,12 @@ def first_job(method: Method, layout: Layout, seed: int, provenance: Provenance)
         layout: What it adapts.
         seed: Public seed of the initial A.
         provenance: Digests that the site expects.
+        rank: Most columns that the site trains; None has no bound.
     """
     state = method.init(layout, torch.Generator().manual_seed(seed))
     phases = method.plan(state).phases
     index = next(index for index, phase in enumerate(phases) if phase.private)
+    full = max((site.rank for site in layout.sites), default=1)
     return Job(
         run=secrets.token_hex(8),
         round=0,
@@ -117,7 +121,9 @@ def first_job(method: Method, layout: Layout, seed: int, provenance: Provenance)
         nonce="none",
         train=phases[index].train,
         send=phases[index].train,
-        parts=method.broadcast(replace(state, phase=index)),
+        parts=method.broadcast(
+            replace(state, phase=index), None if rank is None or rank >= full else rank
+        ),
         provenance=provenance,
     )
 

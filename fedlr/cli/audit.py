@@ -80,19 +80,21 @@ def audit(config: RunConfig, canaries: int = 1000, confidence: float = 0.95) -> 
     from fedlr.audit.run import Subject, attack, claim_of, first_job, judge
     from fedlr.audit.trainer import CanaryTrainer
     from fedlr.build import build
-    from fedlr.orders import prepare
+    from fedlr.orders import check_policies, policy_digest, prepare, read_policies
 
     bench = build(config, say, evaluate=False)
+    check_policies(config, bench.clients, bench.data.label_names)
     plan, trainer, coins = bench.clients[0], CanaryTrainer(bench.trainer), toss(canaries)
     units = CanaryUnits.join(plan.units, coins, trainer.shortest_row)
     bench = replace(bench, trainer=trainer, clients=(replace(plan, units=units),))
-    job = first_job(bench.method, bench.layout, config.seed, bench.provenance)
     with TemporaryDirectory(prefix="fedlr-audit-") as folder:
         # Nothing is released, so nothing is booked in a ledger that an operator keeps.
         alone = replace(config, privacy=replace(config.privacy, policies=None))
         order = prepare(alone, "audit", Path(folder), {plan.name: plan.noise_multiplier})
-        (site,) = make_sites(bench, order)
+        allowed = policy_digest(read_policies(config).get(plan.name))
+        (site,) = make_sites(bench, replace(order, policies=(allowed,)))
         policy = site.policy
+        job = first_job(bench.method, bench.layout, config.seed, bench.provenance, policy.max_rank)
         subject = Subject(
             site, trainer, job, policy.max_joins, policy.clip_norm, policy.sample_rate
         )

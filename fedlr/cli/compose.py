@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.resources
 import importlib.util
+import itertools
+import textwrap
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlr.cli.overrides import sort_out
 from fedlr.cli.studies import GROUP
 from fedlr.config import RunConfig, from_mapping
 from fedlr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def configuration_folder() -> Path:
@@ -66,15 +73,20 @@ def compose_mapping(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _compose(overrides: Sequence[str]) -> dict[str, Any]:
     """Compose overrides that `sort_out` let through."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    groups = choices()
     try:
-        with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
-            composed: DictConfig = hydra_compose("config", overrides=list(overrides))
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        of_files = [one.key_or_group in groups or one.package is not None for one in parsed]
+        chosen = tuple(itertools.compress(overrides, of_files))
+        composed = copy.deepcopy(_of_choices(configuration_folder(), chosen))
+        for one, is_choice in zip(parsed, of_files, strict=True):
+            if not is_choice:  # as Hydra does it, behind all choices
+                OmegaConf.update(composed, one.key_or_group, one.value(), merge=True)
         mapping: Any = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         # The first line is the reason; below it come Hydra's search path and object types.
@@ -88,11 +100,32 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in mapping.items()}
 
 
+@lru_cache(maxsize=256)
+def _of_choices(folder: Path, words: tuple[str, ...]) -> DictConfig:
+    """Return what choices of files compose, by Hydra, which is slow: cells of a sweep share it."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        found: DictConfig = hydra_compose("config", overrides=list(words))
+    return found
+
+
 def _without_gaps(values: Any) -> Any:
     """Return ``values`` with null for the mandatory settings that nobody gave."""
     if isinstance(values, dict):
         return {key: _without_gaps(value) for key, value in values.items()}
     return None if values == "???" else values
+
+
+def listed_choices() -> str:
+    """Return `choices` as lines of a help text, at most 100 columns wide."""
+    return "\n".join(
+        textwrap.fill(
+            ", ".join(files), 100, initial_indent=f"  {name:<13} ", subsequent_indent=" " * 16
+        )
+        for name, files in choices().items()
+    )
 
 
 def choices() -> dict[str, list[str]]:

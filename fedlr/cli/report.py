@@ -50,6 +50,7 @@ def markdown(folder: Path) -> str:
     Raises:
         RunError: ``folder`` is no sweep, or none of its settings has a finished run.
     """
+    from fedlr.cli.composed import composed
     from fedlr.report.page import sweep_summary
     from fedlr.report.page.sweep_cells import read_grid
     from fedlr.report.sweep import is_sweep, read_sweep
@@ -64,7 +65,7 @@ def markdown(folder: Path) -> str:
     grid = read_grid(read_sweep(folder))
     if not grid.settings:
         raise RunError(f"no cell of {str(folder)!r} to be reported has finished, so it has no rows")
-    return sweep_summary.markdown(grid)
+    return sweep_summary.markdown(grid, composed(grid.sweep))
 
 
 def report(folder: Path, output: Path | None = None) -> Path:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlr.cli.compose import choices, compose, compose_mapping
+from fedlr.cli.compose import compose, compose_mapping, listed_choices
 from fedlr.config import RunConfig
 from fedlr.errors import ConfigError
 from fedlr.report.facts import FACTS_FILE
@@ -58,8 +58,7 @@ def run(words: Sequence[str]) -> int:
         0; errors are raised as `fedlr.errors.FedlrError`.
     """
     if any(word in ("-h", "--help") for word in words):
-        listed = "\n".join(f"  {name:<13} {', '.join(files)}" for name, files in choices().items())
-        print(_USAGE.format(choices=listed))
+        print(_USAGE.format(choices=listed_choices()))
         return 0
     overrides = [word for word in words if word != "--cfg"]
     if any(word.startswith(RESUME) for word in overrides):

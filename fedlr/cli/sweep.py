@@ -12,7 +12,7 @@ from pathlib import Path
 from fedlr.cli import cells as grid
 from fedlr.cli import tuned
 from fedlr.cli.cells import VARIANT, Planned
-from fedlr.cli.compose import choices, compose, compose_mapping, configuration_folder
+from fedlr.cli.compose import compose, compose_mapping, configuration_folder, listed_choices
 from fedlr.cli.launch import BASIC, LAUNCHERS, Launcher, launch
 from fedlr.cli.studies import GROUP, Search, Study, read_studies
 from fedlr.errors import ConfigError, FedlrError, RunError
@@ -300,9 +300,7 @@ def settle(request: Request) -> tuple[SweepFacts, Path]:
     folder = output_folder(str(compose_mapping(outputs)["output"])) / SWEEPS / name
     if not is_sweep(folder):
         return facts, folder
-    found = widen(read_sweep(folder).facts, facts)
-    tuned.check_words(found, request.words)  # its seeds are those of both
-    return found, folder
+    return widen(read_sweep(folder).facts, facts), folder
 
 
 def _without_privacy(study: Study | None, given: Collection[str]) -> tuple[str, ...]:
@@ -383,5 +381,4 @@ def _check_axes(axes: grid.Axes) -> None:
 def _help() -> str:
     studies = read_studies(configuration_folder()).values()
     listed = "\n".join(f"  {study.name:<16} {study.about}" for study in studies)
-    known = "\n".join(f"  {name:<13} {', '.join(files)}" for name, files in choices().items())
-    return _USAGE.format(studies=listed, launchers=", ".join(LAUNCHERS), choices=known)
+    return _USAGE.format(studies=listed, launchers=", ".join(LAUNCHERS), choices=listed_choices())

@@ -89,33 +89,26 @@ def check_words(facts: SweepFacts, given: Sequence[str]) -> None:
         given: Words of the command line.
 
     Raises:
-        ConfigError: All that clash, or the seed of the tuning is one that is reported.
+        ConfigError: All that clash.
     """
-    from fedlr.cli.compose import compose
-
     names = {word.lstrip("+").partition("=")[0]: word for word in given}
     problems = []
-    for label in facts.axes.get(VARIANT, ()):
-        own = {word.partition("=")[0] for word in facts.variants[label]}
-        problems += [
-            f"{names[name]}: the variant {label} sets {name}; leave it away, or choose other "
-            f"variants with {VARIANT}=<name>,<name>"
-            for name in names
-            if name in own
-        ]
-    if facts.tuning is not None:
-        setting = facts.tuning.setting
-        if setting in names:
-            problems.append(f"{names[setting]}: this study tunes {setting}; {_GONE}")
-        own_seed = [word for word in facts.fixed if word.startswith(f"{SEED}=")]
-        seeds = facts.axes.get(SEED) or (str(compose(own_seed).seed),)
-        if str(facts.tuning.seed) in seeds:
+    for name, word in names.items():
+        own = [label for label in facts.axes.get(VARIANT, ()) if _sets(facts, label, name)]
+        if own:
+            others = f" and {len(own) - 1} more" if own[1:] else ""
             problems.append(
-                f"tune.seed = {facts.tuning.seed} is among the seeds that are reported "
-                f"({', '.join(seeds)}); choose another tune.seed"
+                f"{word}: the variant {own[0]}{others} sets {name}; leave it away, or choose other "
+                f"variants with {VARIANT}=<name>,<name>"
             )
+    if facts.tuning is not None and (setting := facts.tuning.setting) in names:
+        problems.append(f"{names[setting]}: this study tunes {setting}; {_GONE}")
     if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
+        raise ConfigError(problems)
+
+
+def _sets(facts: SweepFacts, label: str, name: str) -> bool:
+    return any(word.partition("=")[0] == name for word in facts.variants[label])
 
 
 def stages(facts: SweepFacts, there: Sweep | None) -> Stages:
@@ -126,7 +119,8 @@ def stages(facts: SweepFacts, there: Sweep | None) -> Stages:
         there: The sweep as its folder is; None where there is none yet.
 
     Raises:
-        ConfigError: Everything that is wrong in any of them, before the first starts.
+        ConfigError: Everything that is wrong in any of them, before the first starts; or the
+            seed of the tuning is one that is reported.
     """
     known = [] if there is None else [cell.facts for cell in there.cells]
     chosen = {} if there is None else choice_by_key(there)
@@ -147,7 +141,20 @@ def stages(facts: SweepFacts, there: Sweep | None) -> Stages:
     runs = grid.plan_wanted(facts, wanted, numbered) if wanted else []
     numbered += [cell.facts for cell in runs if cell.facts not in numbered]
     rest = grid.plan_wanted(facts, later, numbered) if later else []
+    _check_seeds(facts, [*runs, *rest])
     return Stages(tuple(tuning), tuple(runs), tuple(rest))
+
+
+def _check_seeds(facts: SweepFacts, reported: Sequence[Planned]) -> None:
+    """Raise ConfigError where a run to be reported has the seed that its value was chosen on."""
+    seeds = sorted({cell.config.seed for cell in reported})
+    if facts.tuning is not None and facts.tuning.seed in seeds:
+        raise ConfigError(
+            [
+                f"tune.seed = {facts.tuning.seed} is among the seeds that are reported "
+                f"({', '.join(map(str, seeds))}); choose another tune.seed"
+            ]
+        )
 
 
 def work(

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from fedlr.lowrank.factors import Factors
 from fedlr.lowrank.subspace import Subspace
 from fedlr.lowrank.svd import refactorise_many
-from fedlr.methods import shared
+from fedlr.methods import products, shared
 from fedlr.methods.combine import Combiner, weighted_mean
 from fedlr.methods.method import (
     ClientUpdate,
@@ -50,13 +50,19 @@ class FedASK:
     the square roots of the singular values, so strong directions have larger gradients.
 
     Guarantees:
-        B·A after the round = Σ p_k B_k·A with the A that was broadcast, up to rounding.
+        B·A after the round = Σ p_k B_k·A with the A that was broadcast, up to rounding, where
+        the same clients answer both exchanges. One that fails between them leaves
+        Q·Qᵀ·Σ p_k B_k·A over the others, less than their mean.
         A direction with σ_i < 1e-6 σ_1 would lose both factors and never learn again: its
         row of A stays a unit vector, orthogonal to the others, and B has all of σ_i.
 
     Attributes:
         subspace: Where the first A comes from.
-        combine: How the clients' B, core and head become one.
+        combine: The weighted mean. Another combiner, asked twice, may choose other clients the
+            second time, and only their part inside the span of the first choice would be left.
+
+    Raises:
+        ValueError: ``combine`` is another combiner.
     """
 
     subspace: Subspace
@@ -70,8 +76,10 @@ class FedASK:
         exact=True,
         limit="two exchanges a round; row(A) never changes",
         linear=True,
-        combiners=True,
     )
+
+    def __post_init__(self) -> None:
+        products.check_mean(self.name, self.combine)
 
     def init(self, layout: Layout, generator: Generator) -> GlobalState:
         """Return B = 0 and A from the subspace policy."""

@@ -50,6 +50,7 @@ class FedAvgLoRA:
         limit="mean(B)·mean(A) is not mean(B·A)",
         linear=True,
         combiners=True,
+        consensus=True,
         mixed_ranks=True,
     )
 

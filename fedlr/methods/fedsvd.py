@@ -69,6 +69,7 @@ class FedSVD:
         limit="row(A) never changes",
         linear=True,
         combiners=True,
+        consensus=True,
         refreshes=True,
         mixed_ranks=True,
     )

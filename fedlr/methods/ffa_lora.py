@@ -52,6 +52,7 @@ class FFALoRA:
         limit="A never changes",
         linear=True,
         combiners=True,
+        consensus=True,
         refreshes=True,
         mixed_ranks=True,
     )

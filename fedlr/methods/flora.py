@@ -7,11 +7,9 @@ NeurIPS 2024, arXiv 2409.05976.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Generator, Tensor
 
 from fedlr.lowrank.subspace import Subspace
@@ -27,8 +25,6 @@ from fedlr.methods.method import (
     Role,
     RoundPlan,
 )
-
-_SEED = PartKey("flora", Role.SEED)
 
 
 @dataclass(frozen=True)
@@ -71,9 +67,8 @@ class FLoRA:
 
         The seed, int64 of shape (1,), is drawn last and kept in ``memory``.
         """
-        state = residual.with_residual(shared.initial_state(layout, self.subspace, generator))
-        seed = torch.randint(2**62, (1,), generator=generator, device=generator.device)
-        return replace(state, memory={_SEED: seed.cpu()})
+        state = shared.initial_state(layout, self.subspace, generator)
+        return residual.with_restarts(state, generator)
 
     def plan(self, state: GlobalState) -> RoundPlan:
         """Return one phase: receive A, B and R; train and send A and B; the head where trained."""
@@ -91,24 +86,11 @@ class FLoRA:
         """
         phase = shared.current_phase(self.plan(state), state)
         found = products.counted(state, phase, updates, weights)
-        parts = products.mean_head(found)
         added = products.mean_products(state.layout, found)
-        parts |= residual.fold(state.layout, state.parts, added)
-        generator = _generator(state)
-        for site in state.layout.sites:
-            b, a = PartKey(site.name, Role.B), PartKey(site.name, Role.A)
-            parts[b] = torch.zeros_like(state.parts[b])
-            parts[a] = self.subspace.redraw(site, generator, state.round + 1).to(state.parts[a])
-        return shared.next_round(state, parts)
+        done = state.round + 1
+        parts = residual.restarted(state, added, self.subspace, done=done, turn=done)
+        return shared.next_round(state, {**products.mean_head(found), **parts})
 
     def broadcast(self, state: GlobalState, rank: int | None = None) -> dict[PartKey, Tensor]:
         """Return A, B and head, cut to ``rank`` if given, and the whole of R."""
         return shared.broadcast(state, shared.current_phase(self.plan(state), state), rank)
-
-
-def _generator(state: GlobalState) -> Generator:
-    """The generator of the round after ``state``; hashing keeps rounds and runs apart."""
-    if _SEED not in state.memory:
-        raise ValueError("state.memory has no seed; start from the state that init returned")
-    digest = hashlib.sha256(f"{int(state.memory[_SEED])}:{state.round + 1}".encode()).digest()
-    return Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)

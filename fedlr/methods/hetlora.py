@@ -41,7 +41,8 @@ class HetLoRA:
     Clients train and send A and B, r_k·(m + n) a site: one private release a round, in
     which both factors are clipped together and both carry noise. Inexact, as FedAvg-LoRA
     is, and padding shrinks columns that few clients train. Weights that depend on what is
-    sent need every update: secure aggregation does not fit.
+    sent need every update: secure aggregation does not fit. A norm counts noise as signal, and
+    a client that lies about its length takes nearly all the weight.
 
     Guarantees:
         Equal to FedAvg-LoRA at equal ranks with both options off. Where all products

@@ -166,6 +166,7 @@ class Facts:
         linear: Whether the server needs only a weighted sum of what clients send: fit
             for secure aggregation.
         combiners: Whether another combiner than the weighted mean composes with it.
+        consensus: Whether `fedlr.methods.consensus` filters all that its adapters learn.
         refreshes: Whether its subspace can be moved by `fedlr.methods.refresh`.
         mixed_ranks: Whether a client may train the leading columns alone.
         folds: Whether it adds a residual to the base weights.
@@ -178,6 +179,7 @@ class Facts:
     limit: str
     linear: bool = False
     combiners: bool = False
+    consensus: bool = False
     refreshes: bool = False
     mixed_ranks: bool = False
     folds: bool = False

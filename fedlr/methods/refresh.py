@@ -7,12 +7,10 @@ post-processing and cost no ε of their own.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import torch
 from torch import Generator, Tensor
 
 from fedlr import checks
@@ -32,11 +30,6 @@ from fedlr.methods.method import (
     Role,
     RoundPlan,
 )
-
-SEED = PartKey("refresh", Role.SEED)
-"""Where a state's memory has the public seed of the later draws."""
-
-_LARGEST_SEED = 2**63 - 1
 
 
 class AveragesB(Method, Protocol):
@@ -105,9 +98,7 @@ class Merging:
 
     def init(self, layout: Layout, generator: Generator) -> GlobalState:
         """Return the inner method's first state, a residual of rank 0, and a seed in memory."""
-        state = residual.with_residual(self.inner.init(layout, generator))
-        seed = torch.randint(_LARGEST_SEED, (1,), generator=generator, device=generator.device)
-        return replace(state, memory={**state.memory, SEED: seed.cpu()})
+        return residual.with_restarts(self.inner.init(layout, generator), generator)
 
     def plan(self, state: GlobalState) -> RoundPlan:
         """Return the inner method's phases, each of which receives the residual too."""
@@ -135,17 +126,9 @@ class Merging:
         return {**self.inner.broadcast(state, rank), **rest}
 
     def _merged(self, state: GlobalState) -> GlobalState:
-        parts, turn = dict(state.parts), state.round // self.every
-        pairs = shared.factor_pairs(state.layout, state.parts)
-        parts |= residual.fold(state.layout, state.parts, pairs)
-        generator = _later(state.memory[SEED], state.round)
-        for site in state.layout.sites:
-            b, a = PartKey(site.name, Role.B), PartKey(site.name, Role.A)
-            parts[b] = torch.zeros_like(parts[b])
-            drawn = self.subspace.redraw(site, generator, turn)
-            checks.same_shape(f"{site.name}: a", drawn.shape, parts[a].shape)
-            parts[a] = drawn.to(parts[a])
-        return replace(state, parts=parts)
+        pairs, turn = shared.factor_pairs(state.layout, state.parts), state.round // self.every
+        parts = residual.restarted(state, pairs, self.subspace, done=state.round, turn=turn)
+        return replace(state, parts={**state.parts, **parts})
 
 
 @dataclass(frozen=True)
@@ -246,9 +229,3 @@ def _with_pairs(state: GlobalState, pairs: dict[str, Factors]) -> GlobalState:
     for name, pair in pairs.items():
         parts[PartKey(name, Role.B)], parts[PartKey(name, Role.A)] = pair.b, pair.a
     return replace(state, parts=parts)
-
-
-def _later(seed: Tensor, done: int) -> Generator:
-    """The generator of the draws after ``done`` rounds."""
-    digest = hashlib.sha256(f"{int(seed)}:{done}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") & _LARGEST_SEED)

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from fedlr.errors import ConfigError
 from fedlr.lowrank.subspace import Subspace
 from fedlr.methods.combine import Combiner, weighted_mean
+from fedlr.methods.consensus import Consensus
 from fedlr.methods.fed_sb import FedSB
 from fedlr.methods.fedask import FedASK
 from fedlr.methods.fedavg_lora import FedAvgLoRA
@@ -92,7 +93,8 @@ def build(
         >>> build("fedsvd", orthonormal).name
         'fedsvd'
     """
-    if problems := problems_of(name, combine.name, options):
+    inner = combine.inner if isinstance(combine, Consensus) else combine
+    if problems := problems_of(name, inner.name, options, consensus=combine is not inner):
         raise ConfigError(problems)
     method: Any = METHODS[name](subspace, combine)
     own = {field.name for field in fields(method)}
@@ -101,8 +103,17 @@ def build(
     return built
 
 
-def problems_of(name: str, combine: str, options: Options = DEFAULTS) -> list[str]:
-    """Return what is wrong with a choice of method, combiner and options; one sentence each."""
+def problems_of(
+    name: str, combine: str, options: Options = DEFAULTS, consensus: bool = False
+) -> list[str]:
+    """Return what is wrong with a choice of method, combiner and options; one sentence each.
+
+    Args:
+        name: Name of the method.
+        combine: Name of the combiner, without its filter.
+        options: What only some methods have.
+        consensus: Whether a consensus filter is around the combiner.
+    """
     if name not in METHODS:
         known = ", ".join(sorted(METHODS))
         return [f"method.name = {name!r} is unknown; choose one of {known}"]
@@ -113,6 +124,12 @@ def problems_of(name: str, combine: str, options: Options = DEFAULTS) -> list[st
         problems.append(
             f"combine.kind = {combine} but method.name = {name} needs the weighted mean; set "
             f"combine=weighted_mean, or one of {able}"
+        )
+    if consensus and not facts.consensus:
+        able = ", ".join(key for key, value in METHODS.items() if value.facts.consensus)
+        problems.append(
+            f"combine.consensus is set but not all that method.name = {name} averages is filtered "
+            f"by it; set combine.consensus=null, or one of {able}"
         )
     own = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     for field in fields(options):

@@ -30,9 +30,9 @@ class RoLoRA:
     """First round B̄ = Σ p_k B_k under a fixed A, second round Ā = Σ p_k A_k under that B.
 
     Counted from one, odd rounds train and send B (m·r), even ones A (r·n): the first A
-    would have no gradient, because B = 0. One private release a round, of one factor, so
-    no product of two noises arises. Only the weighted sum is needed: secure aggregation
-    fits.
+    would have no gradient, because B = 0. One private release a round, of one factor: a
+    round adds no product of two fresh noises, though B·A keeps that of a noisy B with the
+    next round's noise on A. Only the weighted sum is needed: secure aggregation fits.
 
     Guarantees:
         B·A after a round = Σ p_k B_k·A_k exactly, because one factor is shared; that
@@ -55,6 +55,7 @@ class RoLoRA:
         limit="each factor rests every other round",
         linear=True,
         combiners=True,
+        consensus=True,
         mixed_ranks=True,
     )
 

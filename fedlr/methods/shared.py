@@ -190,7 +190,8 @@ def combined(
 
     Guarantees:
         Linear in what was trained where ``combine`` is. An untouched broadcast of any
-        rank leaves the model as it is.
+        rank leaves the model as it is. What a combiner bears of malicious clients, and how far
+        it lets one move the model, is of each block by itself and of the clients that trained it.
     """
     sent = accepted(state, phase, updates)
     reference = {key: value for key, value in state.parts.items() if key.role in phase.send}

@@ -12,8 +12,8 @@ mechanism that `fedlr.privacy.events.Release` records. L is public and fixed: th
 size of the batch that was drawn is used for nothing.
 
 The bound C holds up to float32 rounding: a row computed in another batch differs in
-its last bits. `fedlr.training.local` refuses broadcasts large enough to amplify that;
-below float32 see `fedlr.training.precision`.
+its last bits. `fedlr.training.sizes` refuses arrays large enough to amplify that, those
+of a broadcast and those of every later step; below float32 see `fedlr.training.precision`.
 """
 
 from __future__ import annotations

@@ -61,6 +61,8 @@ class Declared:
         method: Name of the method.
         labels: The label list, in order; None where it is not known yet, and no policy's
             list is held against it.
+        columns: Columns of an adapter that every client must train; None where the method
+            gives a client as many as it can train.
     """
 
     client: str
@@ -70,6 +72,7 @@ class Declared:
     delta: float
     method: str
     labels: tuple[str, ...] | None
+    columns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,8 @@ class Limits:
         """Return why a run cannot be had under this policy, one sentence each; empty if it can.
 
         The run is not private, or the file is another client's, declares another size,
-        unit or label list, allows other methods, or a smaller δ: the run's noise was
-        calibrated for its own.
+        unit or label list, allows other methods, fewer columns than the method can do
+        with, or a smaller δ: the run's noise was calibrated for its own.
         """
         problems = []
         if run.mode != "dp":
@@ -143,6 +146,12 @@ class Limits:
             problems.append(
                 f"the policy of {run.client} allows the methods {', '.join(sorted(self.methods))}, "
                 f"the run has {run.method}; choose another method"
+            )
+        if self.max_rank is not None and run.columns is not None and self.max_rank < run.columns:
+            problems.append(
+                f"the policy of {run.client} allows max_rank = {self.max_rank}, but method "
+                f"{run.method} gives every client all {run.columns} columns; take a method that "
+                f"mixes ranks, such as fedsvd, or set adapter.rank={self.max_rank}"
             )
         if self.delta is not None and run.delta > self.delta:
             problems.append(

@@ -143,7 +143,7 @@ def _sections(found: Catalogue) -> list[tuple[str, tuple[str, ...], Rows]]:
         (
             "method=, in words",
             words,
-            [(row.name, f"{row.title}: {row.source}", row.limit) for row in found.methods],
+            [(row.name, f"{row.title}, {row.source}", row.limit) for row in found.methods],
         ),
         (
             "combine=",
@@ -206,7 +206,7 @@ def _table(headings: Sequence[str], rows: Rows, width: int) -> str:
 def _paragraphs(headings: Sequence[str], rows: Rows, width: int) -> str:
     lines = list[str]()
     for name, *values in rows:
-        told = "; ".join(f"{key} {value}" for key, value in zip(headings[1:], values, strict=True))
+        told = "; ".join(f"{key}: {value}" for key, value in zip(headings[1:], values, strict=True))
         lines += [name, *textwrap.wrap(told, width, initial_indent="  ", subsequent_indent="  ")]
     return "\n".join(lines)
 

@@ -44,19 +44,23 @@ def encode(record: object, *, indent: int | None = None) -> str:
     return json.dumps(_plain("", record), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def decode(kind: type[T], text: str) -> T:
+def decode(kind: type[T], text: str, later: Mapping[str, object] | None = None) -> T:
     """Return the ``kind`` that `encode` wrote as ``text``.
 
     Args:
         kind: A dataclass whose fields are int, float, str, bool, ``X | None``,
             ``tuple[X, ...]``, ``Mapping[str, X]`` or further dataclasses.
         text: One JSON object.
+        later: Keys that versions before this one did not write, with what JSON holds for
+            them where they are absent: all of them at once, else they are missing.
 
     Raises:
         ValueError: Not JSON, a NaN or infinity literal, a missing, unknown or
             repeated key, a wrong type, or a value that ``kind`` refuses.
     """
     data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    if later and isinstance(data, dict) and not later.keys() & data.keys():
+        data |= later
     decoded: T = _typed(kind.__name__, kind, data)
     return decoded
 

@@ -57,6 +57,10 @@ SWEEP_LOCK = "lock"
 LOCK = Path("journal") / "lock"
 """The file that a process holds locked while it carries a run on, in the run folder."""
 
+_UNTUNED_SWEEP: Mapping[str, object] = {"variants": {}, "tuning": None}
+_UNTUNED_CELL: Mapping[str, object] = {"tuned": None, "tuning": False}
+"""What ``sweep.json`` and ``cell.json`` are taken to say that were written before sweeps tuned."""
+
 _MOST_NAMED = 12
 """Numbers of lost cells that one sentence names."""
 
@@ -242,7 +246,7 @@ def read_sweep_facts(folder: Path) -> SweepFacts:
     """
     path = folder / SWEEP_FILE
     try:
-        return strict_json.decode(SweepFacts, path.read_text(encoding="utf-8"))
+        return strict_json.decode(SweepFacts, path.read_text(encoding="utf-8"), _UNTUNED_SWEEP)
     except OSError as error:
         raise RunError(
             f"{str(folder)!r} is no sweep: {SWEEP_FILE} cannot be read "
@@ -260,7 +264,7 @@ def read_cell(folder: Path) -> Cell:
     """
     path = folder / CELL_FILE
     try:
-        facts = strict_json.decode(CellFacts, path.read_text(encoding="utf-8"))
+        facts = strict_json.decode(CellFacts, path.read_text(encoding="utf-8"), _UNTUNED_CELL)
     except (OSError, ValueError) as error:
         raise RunError(
             f"{path} is damaged: {error}; bring it back from a copy. If there is none, and its "

@@ -62,7 +62,8 @@ def completed(job: Job, held: Basis | None) -> tuple[Job, Basis] | None:
         None where there is no such basis, or where another A than the server's comes out.
 
     Raises:
-        ValueError: Rotations and basis are not of the same sites, or do not fit.
+        ValueError: Rotations and basis are not of the same sites, or do not fit, or a
+            rotation has more rows than columns: A would be larger than all that was sent.
     """
     if job.rotated is None:
         raise ValueError("job.rotated is None; the job has all its parts")
@@ -74,6 +75,10 @@ def completed(job: Job, held: Basis | None) -> tuple[Job, Basis] | None:
     rotations = {key.site: v for key, v in job.parts.items() if key.role is Role.ROTATION}
     if rotations.keys() != {key.site for key in held.parts}:
         raise ValueError(f"rotations of {sorted(rotations)} are not those of the basis")
+    for site, rotation in rotations.items():
+        if rotation.ndim != 2 or rotation.shape[0] > rotation.shape[1]:
+            shape = tuple(rotation.shape)
+            raise ValueError(f"{site}/rotation has shape {shape}, expected (k, r) with k ≤ r")
     factors = {key: rotate(rotations[key.site], a) for key, a in held.parts.items()}
     if digest_of(factors) != job.rotated.result:
         return None

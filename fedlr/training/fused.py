@@ -8,7 +8,7 @@ where one client's batch is too small to keep the machine busy.
 Only the arithmetic is shared. Each client draws its units from its own stream, has its
 units clipped into a sum of its own, gets noise from its own stream and takes its own
 optimiser step. A row's gradient depends on its companions up to float32 rounding only,
-as in any physical batch (`fedlr.training.local` bounds what that can amount to).
+as in any physical batch (`fedlr.training.sizes` bounds what that can amount to).
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ rows of the shared token array. The private step itself is `fedlr.privacy.dpsgd`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from fedlr import checks
-from fedlr.adapters.residual import product_norm, residual_of
 from fedlr.adapters.surgery import AdaptedModel
 from fedlr.data.batching import (
     Batch,
@@ -29,7 +27,6 @@ from fedlr.data.batching import (
     physical_positions,
 )
 from fedlr.kernels.dispatch import ClippedSum as ClippedSumKernel
-from fedlr.lowrank.factors import AdapterSite
 from fedlr.methods.method import MODEL_ROLES, PartKey, Parts, Role
 from fedlr.privacy.columns import UnitMatrix
 from fedlr.privacy.dpsgd import ClippedSum, private_gradient
@@ -38,6 +35,7 @@ from fedlr.privacy.gradients import GRADIENTS, UnitGradients
 
 from .classifier import Classifier
 from .precision import OwnShapeGradients, fill, own_shape_positions
+from .sizes import LARGEST_HEAD, LARGEST_UPDATE, SizeLimits
 from .task import Drawn, LocalTask, Member, draw_rows
 
 __all__ = [
@@ -54,12 +52,6 @@ RowArrays = Callable[
     [Sequence[Mapping[PartKey, Tensor]]], Callable[[Integers], AbstractContextManager[None]]
 ]
 """Arrays of each member → member of each row → within, a row is multiplied with its own."""
-
-LARGEST_UPDATE = 30.0
-"""Largest accepted s·‖B‖·‖A‖ + ‖R_b·R_a‖ of a broadcast, in units of ‖W‖ (Frobenius)."""
-
-LARGEST_HEAD = 1000.0
-"""Largest accepted Frobenius norm of a broadcast head array."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +135,7 @@ class LocalTrainer:
         self.classifier = classifier.eval()
         self._adapted = adapted
         self._fresh = adapted.read(MODEL_ROLES)
-        self._limits = {site: LARGEST_UPDATE * norm for site, norm in adapted.base_norms().items()}
+        self._sizes = SizeLimits(adapted)
         self._data = data
         self._lengths = data.lengths
         self.device = device
@@ -170,28 +162,8 @@ class LocalTrainer:
         for key, value in parts.items():
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{key.site}/{key.role} holds NaN or infinite entries")
-        self._check_sizes({**self._fresh, **parts})
-
-    def _check_sizes(self, parts: Parts) -> None:
-        """Refuse factors or heads so large that rounding would couple rows.
-
-        A row's gradient is independent of its companions up to float32 rounding.
-        Huge factors amplify that rounding until the sum's sensitivity exceeds C.
-        """
-        for site, limit in self._limits.items():
-            rest = residual_of(site, parts)
-            size, added = _update_size(site, parts), product_norm(rest) if rest else 0.0
-            if not size + added <= limit:
-                raise ValueError(
-                    f"{site.name}: s·‖B‖·‖A‖ = {size:.3g} and a residual of norm {added:.3g} must "
-                    f"be ≤ {limit:.3g} together, {LARGEST_UPDATE:g} times the norm of the base "
-                    "weight"
-                )
-        for key, value in parts.items():
-            if key.role is Role.HEAD and not float(value.norm()) <= LARGEST_HEAD:
-                raise ValueError(
-                    f"{key.site}: ‖head‖ = {float(value.norm()):.3g} must be ≤ {LARGEST_HEAD:g}"
-                )
+        whole = {**self._fresh, **parts}
+        self._sizes.check(self._sizes.norms(whole), self._sizes.added(whole))
 
     def train(self, task: LocalTask, units: UnitIndex) -> dict[PartKey, Tensor]:
         """Run the round and return the trained arrays (float32, CPU).
@@ -204,7 +176,7 @@ class LocalTrainer:
         Raises:
             ValueError: The task's arrays do not fit the model, the mechanism
                 does not cover exactly what trains, or σ > 0 with public sampling,
-                which would void the amplification that the accountant credits.
+                which would void the amplification that the accountant credits. As `run`.
         """
         trained = self.begin(task)
         member = Member(task, units, trained, self.optimizer(trained))
@@ -221,8 +193,16 @@ class LocalTrainer:
             gradients: Of the arrays that train.
             arrays: Gives each row its own member's arrays; by default there is one member,
                 whose arrays are the model's.
+
+        Raises:
+            ValueError: A private member's arrays have become too large for another step
+                (`SizeLimits`): a function of what was broadcast and of noised sums alone.
         """
-        for _ in range(self.settings.steps):
+        private = [member for member in members if member.task.mechanism is not None]
+        bounds = [self._bound(member) for member in private] if self.settings.steps > 1 else []
+        for step in range(self.settings.steps):
+            for check in bounds if step else ():
+                check()
             drawn = Drawn.of([draw_rows(m.task, m.units, self.row_limit(m.task)) for m in members])
             if members[0].task.mechanism is None:
                 directions = [self._plain_gradient(members[0].trained, drawn)]
@@ -234,6 +214,12 @@ class LocalTrainer:
                 ]
             for member, direction in zip(members, directions, strict=True):
                 member.step(direction)
+
+    def _bound(self, member: Member) -> Callable[[], None]:
+        """Return what raises ValueError once the arrays of ``member`` are too large."""
+        sizes, whole = self._sizes, {**self._fresh, **member.task.parts}
+        fixed, added = sizes.norms(whole), sizes.added(whole)
+        return lambda: sizes.check({**fixed, **sizes.norms(member.trained)}, added)
 
     def begin(self, task: LocalTask) -> dict[PartKey, nn.Parameter]:
         """Write what was broadcast into the model, and return the parameters that train.
@@ -365,21 +351,6 @@ class LocalTrainer:
         if settings.optimizer == "adam":
             return torch.optim.Adam(groups)
         return torch.optim.SGD(groups, momentum=settings.momentum)
-
-
-def _update_size(site: AdapterSite, parts: Parts) -> float:
-    """Return s·‖B‖·‖A‖ (Frobenius), and with a core R s·‖B‖₂·‖R‖·‖A‖₂.
-
-    Both bound the update and what rounding makes of the factors' product. B and A of a
-    core are bases: their Frobenius norms are √r each, whatever R is.
-    """
-    b, a, core = (parts.get(PartKey(site.name, role)) for role in (Role.B, Role.A, Role.CORE))
-    if b is None or a is None:
-        raise ValueError(f"parts lack a or b of {site.name}")
-    if core is None:
-        return site.scaling * float(b.norm()) * float(a.norm())
-    widest = (float(torch.linalg.matrix_norm(value.float(), ord=2)) for value in (b, a))
-    return site.scaling * float(core.norm()) * math.prod(widest)
 
 
 def _numbered(unit_index: Integers) -> tuple[Integers, Integers]:

@@ -178,3 +178,20 @@ def test_the_norm_is_that_of_the_product(rank: int) -> None:
     assert product_norm(pair) == pytest.approx(exact, rel=1e-12)
     opposed = Factors(torch.cat([pair.b, -pair.b], 1), torch.cat([pair.a, pair.a]))
     assert product_norm(opposed) <= 1e-6 * exact
+
+
+def test_a_product_that_large_columns_nearly_cancel_is_seen() -> None:
+    """The squares of both columns agree in all the bits that float64 has; the product is 5e11."""
+    b, a = torch.zeros(9, 2), torch.zeros(2, 7)
+    b[0], b[1, 1], a[:, 0] = 1e10, 50.0, torch.tensor([1e10, -1e10])
+    pair = Factors(b, a)
+    assert float((b.double() @ a.double()).norm()) == 5e11
+    assert product_norm(pair) == pytest.approx(5e11, rel=1e-3)
+
+
+def test_what_folding_may_round_to_is_counted() -> None:
+    """b·a − b·a is 0, and in float64 no more exact than an ulp of b·a."""
+    b, a = torch.full((9, 2), 1e20), torch.ones(2, 7)
+    a[1] = -1.0
+    assert float((b.double() @ a.double()).norm()) < 1e20 * 2.0**-52 * 9 * 7
+    assert product_norm(Factors(b, a)) > 1e20 * 2.0**-52

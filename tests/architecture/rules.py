@@ -54,7 +54,10 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "fedlr.build": BUILT,
     "fedlr.restore": BUILT,
     "fedlr.doctor": (*BUILT, "fedlr.restore"),
-    "fedlr.orders": (*BASE, *SHOWING, "fedlr.config", "fedlr.planning", "fedlr.privacy"),
+    "fedlr.orders": (
+        *(*BASE, *SHOWING, "fedlr.config", "fedlr.planning"),
+        *("fedlr.privacy", "fedlr.methods"),
+    ),
     "server": (*BUILT, "fedlr.orders", "fedlr.restore", "fedlr.doctor"),
     "client": (
         *(*WORK, "fedlr.config", "fedlr.planning", "fedlr.build", "fedlr.orders"),

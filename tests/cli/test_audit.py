@@ -57,6 +57,18 @@ def test_an_honest_site_passes_at_epsilon_one(
     assert "passed" in table["verdict"]
 
 
+def test_a_site_is_audited_under_its_operators_policy(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies" / "client-000.toml").write_text("[allow]\nmax_rank = 2\n")
+    given = [*words, f"privacy.policies={tmp_path / 'policies'}", "--canaries=100"]
+    assert audit.run(given) == 0
+    assert "100, 20 guessed" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="max_rank = 2, but method fed_sb gives every client"):
+        audit.run([*given, "method=fed_sb"])
+
+
 @pytest.mark.parametrize("more", [(), ("method=fedavg_lora",)])
 def test_a_site_without_noise_fails_with_its_own_exit_status(
     more: tuple[str, ...],

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 
 from fedlr.cli.compose import compose, compose_mapping, configuration_folder
 from fedlr.config import RunConfig, from_mapping
@@ -68,6 +72,28 @@ def test_overrides_arrive() -> None:
     assert config.model.head == replace(compose([]).model.head, label_scale=2.0)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("federation.rounds=3", "method=ffa_lora", "seed=1", "seed=2"),
+        ("optimizer.steps=7", "optimizer=adam", "model/head=linear", "model.max_length=9"),
+        ("experiment=sst2", "privacy.epsilon=3", "data.path=some folder", "debug=tiny"),
+        ("adapter.alpha=${adapter.rank}", "adapter.rank=3", "adapter.layers=[-1]"),
+        ("model.head={label_scale: 2}", "data.label_names=[a,b]", 'output="a=b, é"'),
+        ("adapter.rank_by_client=[8,2]", "optimizer.head_learning_rate=null"),
+    ],
+    ids=" ".join,
+)
+def test_it_is_what_hydra_composes(words: tuple[str, ...]) -> None:
+    """Choices are composed once and shared; this is the way without."""
+    compose_mapping([*words, "federation.clients=99"])  # nothing of it may stay
+    with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
+        slow: Any = OmegaConf.to_container(hydra_compose("config", list(words)), resolve=True)
+    expected = {key: value for key, value in slow.items() if key not in ("experiment", "debug")}
+    assert compose_mapping(words) == expected
+
+
 WRONG: list[tuple[tuple[str, ...], str]] = [
     (("model.kind=linear",), "no setting model.kind; did you mean model.head.kind?"),
     (("fedration.rounds=3",), "did you mean federation.rounds"),
@@ -91,6 +117,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
         "cannot be composed: Interpolation key 'nowhere' not found; ",
     ),
     (("method@x=fedsvd",), "method@x=fedsvd cannot be composed: "),
+    (("seed@x=1",), "seed@x=1 cannot be composed: "),
     (("seed=null",), "seed is missing; give seed=<an integer>"),
 ]
 

@@ -128,7 +128,7 @@ def test_more_values_add_cells_and_leave_the_others(
     [
         (("federation.rounds=2", "federation.rounds=3"), "federation.rounds=3 is given"),
         (("seed=0,1", "seed=0,1 privacy.clip_norm=1,2"), "begun with method, seed"),
-        (("seed=0,1", "sweep=methods"), "sweep=methods, and it was begun with none"),
+        (("seed=0,1", "sweep=ranks"), "sweep=ranks, and it was begun with none"),
     ],
 )
 def test_another_sweep_is_not_mixed_in(

@@ -19,6 +19,7 @@ from fedlr.report.page.sweep_cells import read_grid
 from fedlr.report.page.sweep_summary import markdown
 from fedlr.report.sweep import Cell, Sweep, read_sweep
 from fedlr.report.tuning import tuning_of
+from fedlr.report.units import privacy_loss
 from tests.cli.small import small
 from tests.cli.test_cells import STUDIES
 from tests.cli.test_sweep import planned, result, sweep, times
@@ -179,7 +180,8 @@ def test_where_every_value_fails_the_others_go_on_and_it_is_told(
     assert "FedSVD, 8: every tuning run failed, so nothing is reported of it" in printed.err
     page = (found.folder / "report.html").read_text(encoding="utf-8")
     assert "FedSVD, ε 8: every tuning run failed" in page
-    assert "| FedSVD | none of 0.1, 0.5, 8: all failed |" in markdown(read_grid(found))
+    assert main(["report", str(found.folder), "--markdown"]) == 0
+    assert "| FedSVD | none of 0.1, 0.5, 8: all failed |" in capfd.readouterr().out
     broken.clear()
     after = sweep(given)
     assert len(runs(after)) == 4
@@ -199,6 +201,9 @@ def test_a_choice_costs_what_tuning_spent_too(place: list[str], tmp_path: Path) 
     assert paid.epsilon_max == every > 1.1 * reported
     page = (found.folder / "report.html").read_text(encoding="utf-8")
     assert "2 runs were there to tune" in page
+    told = f"ε of this choice is {privacy_loss(every)} at δ"
+    assert told in page
+    assert told in markdown(read_grid(found), paid)
 
 
 def test_the_plan_shows_both_stages(
@@ -227,6 +232,8 @@ def test_the_plan_shows_both_stages(
     [
         (("seed=0,100",), "tune.seed = 100 is among the seeds that are reported (0, 100)"),
         (("tune.seed=0",), "tune.seed = 0 is among the seeds"),
+        (("seed=0,1_00",), "tune.seed = 100 is among the seeds that are reported (0, 100)"),
+        (("seed=100",), "tune.seed = 100 is among the seeds that are reported (100)"),
         (("tune.seed=-3",), "must be a whole number ≥ 0"),
         (("tune.values=1",), "must be at least two different numbers"),
         (("tune.values=1,1.0",), "must be at least two different numbers"),
@@ -236,6 +243,7 @@ def test_the_plan_shows_both_stages(
         (("optimizer.learning_rate=1,2",), "this study tunes optimizer.learning_rate"),
         (("variant=fedsdv",), "variant must be one of fedsvd, ffa-lora-orthonormal-a"),
         (("subspace=principal",), "the variant FFA-LoRA (Kaiming A) sets subspace"),
+        (("method=fedsvd",), "method=fedsvd: the variant FedSVD and 1 more sets method"),
         (("tune.values=1,2", "tune.values=3,4"), "tune.values is chosen already"),
         (("tune.values=0,1",), "optimizer.learning_rate = 0.0 must be > 0"),
     ],
@@ -289,7 +297,8 @@ def test_the_table_for_a_readme_is_printed_alone(
     folder = whole[1].folder
     assert main(["report", str(folder), "--markdown"]) == 0
     printed = capfd.readouterr()
-    assert printed.out == markdown(read_grid(read_sweep(folder)))
+    found = read_sweep(folder)
+    assert printed.out == markdown(read_grid(found), composed(found))
     assert printed.out.startswith("| variant | learning rate | accuracy (95 % interval) |")
     assert main(["report", str(whole[1].cells[0].run), "--markdown"]) == 7
     assert "is the table of a sweep" in capfd.readouterr().err

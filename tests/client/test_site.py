@@ -726,6 +726,29 @@ def test_a_basis_that_fits_no_model_is_a_bad_job_and_is_not_kept() -> None:
     assert one.calls == []
 
 
+@pytest.mark.parametrize("shape", [(1, 10**6), (64, WIDTH), (RANK, WIDTH + 1)], ids=str)
+def test_no_product_is_formed_with_a_basis_that_does_not_fit_the_model(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two short arrays can have a product that is larger than the memory."""
+
+    def never(rotation: Tensor, base: Tensor) -> Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr("fedlr.training.downlink.rotate", never)
+    one = bench()
+    job = rotated(one, basis=True)
+    sites = {key.site for key in job.parts if key.role is Role.A}
+    basis = {PartKey(site, Role.A): torch.zeros(shape) for site in sites}
+    turns = {PartKey(site, Role.ROTATION): torch.zeros(shape[0], shape[0]) for site in sites}
+    parts = {**job.parts, **basis, **turns}
+    told = jobs.Rotated(jobs.digest_of(basis), "result")
+    assert answer(one, replace(job, parts=parts, rotated=told)) == Abstention(
+        "client-000", "bad_job"
+    )
+    assert one.calls == []
+
+
 def narrow(parts: Parts, rank: int) -> dict[PartKey, Tensor]:
     cuts = {Role.A: (slice(rank),), Role.B: (slice(None), slice(rank))}
     return {key: value[cuts.get(key.role, ())].contiguous() for key, value in parts.items()}

@@ -117,6 +117,25 @@ class TestFacts:
         alone, _ = run_round(method, state, clients(2)[1:], [1])
         assert_same_weights(effective(LAYOUT, both.parts), effective(LAYOUT, alone.parts))
 
+    def test_consensus_says_whether_a_filter_reaches_all_that_the_adapter_learns(
+        self, name: str
+    ) -> None:
+        # Independent noise has an agreement of ½ in every direction: nothing may be learned.
+        facts = METHODS[name].facts
+        assert facts.consensus <= facts.combiners
+        if not facts.combiners or not facts.trains:
+            assert not facts.consensus
+            return
+        method = METHODS[name](
+            SUBSPACES["orthonormal"], combiners.build("weighted_mean", consensus=1)
+        )
+        for rounds in (1, 2):
+            state = started(build(name), rounds)
+            new, _ = run_round(method, state, clients(2), [1, 1])
+            before, after = (effective(state.layout, of.parts) for of in (state, new))
+            moved = max(float((after[s.name] - before[s.name]).norm()) for s in LAYOUT.sites)
+            assert moved < 1e-5 if facts.consensus else moved > 0.05
+
 
 @dataclass(frozen=True)
 class Heaviest:
@@ -147,6 +166,21 @@ def test_a_shipped_combiner_of_equal_clients_gives_that_client(name: str, kind: 
         state, released = run_round(method, before, equal, [1] * 7)
         expected = effective(LAYOUT, {**before.parts, **released["client-00"]})
         assert_same_weights(effective(LAYOUT, state.parts), expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("kind", COMBINERS)
+@pytest.mark.parametrize("name", COMPOSING)
+def test_what_a_combiner_guarantees_holds_of_the_model(name: str, kind: str) -> None:
+    # The model of a round is the combination of what was sent, and nothing has been lost on
+    # the way to it.
+    method = METHODS[name](SUBSPACES["orthonormal"], combiners.build(kind))
+    state = started(build(name), rounds=2)
+    new, released = run_round(method, state, clients(7), [1] * 7)
+    sent = [ClientUpdate(client, parts, steps=1) for client, parts in released.items()]
+    start = {key: state.parts[key] for key in sent[0].parts}
+    combined = combiners.build(kind)(sent, [1] * 7, start)
+    expected = effective(LAYOUT, {**state.parts, **combined})
+    assert_same_weights(effective(LAYOUT, new.parts), expected, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("name", COMPOSING)

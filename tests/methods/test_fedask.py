@@ -63,13 +63,33 @@ def test_factors_are_balanced_and_orthogonal() -> None:
 
 
 def test_the_basis_is_orthonormal_and_spans_the_mean() -> None:
-    middle, _ = sketched(first())
+    middle, cores = sketched(first())
+    released: dict[str, Parts] = {}
+    for client in clients(3):
+        client.answer(LAYOUT, METHOD.plan(first()).phases[0], METHOD.broadcast(first()), released)
     assert (middle.round, middle.phase) == (0, 1)
     down = METHOD.broadcast(middle)
     assert {key.role for key in down} == {Role.ROTATION}
     for site in LAYOUT.sites:
         basis = down[PartKey(site.name, Role.ROTATION)]
         torch.testing.assert_close(basis.mT @ basis, torch.eye(site.rank), atol=1e-6, rtol=0)
+        b, core = PartKey(site.name, Role.B), PartKey(site.name, Role.CORE)
+        mean = sum(p * one[b] for p, one in zip(WEIGHTS, released.values(), strict=True))
+        told = sum(p * one.parts[core] for p, one in zip(WEIGHTS, cores, strict=True))
+        torch.testing.assert_close(basis @ told, mean, atol=1e-6, rtol=0)
+
+
+def test_a_client_that_fails_between_the_exchanges_leaves_a_projection() -> None:
+    state = first()
+    middle, cores = sketched(state)
+    new = METHOD.aggregate(middle, cores[:2], WEIGHTS[:2])
+    for site in LAYOUT.sites:
+        basis = middle.parts[PartKey(site.name, Role.ROTATION)]
+        key, a = PartKey(site.name, Role.CORE), PartKey(site.name, Role.A)
+        mean = 0.4 * cores[0].parts[key] + 0.6 * cores[1].parts[key]
+        expected = site.scaling * (basis @ mean @ state.parts[a]).double()
+        found = effective(LAYOUT, new.parts)[site.name]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_the_second_exchange_is_used() -> None:

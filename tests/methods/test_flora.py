@@ -10,11 +10,11 @@ import torch
 from fedlr.lowrank.subspace import Subspace, kaiming, orthonormal
 from fedlr.methods.flora import FLoRA
 from fedlr.methods.method import ClientUpdate, GlobalState, PartKey, Role
+from fedlr.methods.residual import SEED
 from tests.methods.federation import LAYOUT, clients, effective, furthest, generator, run_round
 
 A_KEYS = [PartKey(site.name, Role.A) for site in LAYOUT.sites]
 B_KEYS = [PartKey(site.name, Role.B) for site in LAYOUT.sites]
-SEED = PartKey("flora", Role.SEED)
 
 
 def after(rounds: int, subspace: Subspace = orthonormal, seed: int = 0) -> GlobalState:

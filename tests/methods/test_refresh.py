@@ -21,7 +21,8 @@ from fedlr.methods.fedavg_lora import FedAvgLoRA
 from fedlr.methods.fedsvd import FedSVD
 from fedlr.methods.ffa_lora import FFALoRA
 from fedlr.methods.method import ClientUpdate, GlobalState, Layout, Method, PartKey, Role
-from fedlr.methods.refresh import SEED, Alternating, Merging
+from fedlr.methods.refresh import Alternating, Merging
+from fedlr.methods.residual import SEED
 from tests.methods import every, test_contract
 from tests.methods.every import copies, identical, started
 from tests.methods.federation import (

@@ -36,3 +36,21 @@ def test_a_combiner_is_refused_where_the_method_needs_the_mean(name: str) -> Non
     else:
         with pytest.raises(ConfigError, match=f"{name} needs the weighted mean"):
             build(name, orthonormal, median)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kind", ["weighted_mean", "coordinate_median"])
+def test_a_filter_is_refused_where_it_would_not_filter_all(name: str, kind: str) -> None:
+    filtered, facts = combiner(kind, consensus=0.5), METHODS[name].facts
+    if facts.consensus:
+        assert build(name, orthonormal, filtered).name == name
+        return
+    with pytest.raises(ConfigError) as caught:
+        build(name, orthonormal, filtered)
+    assert (
+        f"combine.consensus is set but not all that method.name = {name} averages is filtered by "
+        "it; set combine.consensus=null, or one of fedsvd, ffa_lora, rolora, fedavg_lora"
+    ) in str(caught.value)
+    assert ("needs the weighted mean" in str(caught.value)) == (
+        kind != "weighted_mean" and not facts.combiners
+    )

@@ -131,6 +131,16 @@ def test_a_declaration_that_does_not_fit_the_policy_is_named(
     assert says in problem
 
 
+def test_a_method_that_gives_all_columns_to_every_client_needs_a_policy_that_allows_them() -> None:
+    few, run = Limits(max_rank=2), replace(RUN, method="fed_sb", columns=8)
+    (problem,) = few.conflicts(run)
+    assert "client-000 allows max_rank = 2, but method fed_sb gives every client all 8" in problem
+    assert "set adapter.rank=2" in problem
+    for fits in (replace(run, columns=2), replace(run, columns=None)):
+        assert few.conflicts(fits) == []
+    assert Limits().conflicts(run) == []
+
+
 def test_a_label_list_that_is_not_known_is_not_held_against_the_policy(tmp_path: Path) -> None:
     assert read_limits(written(tmp_path, WHOLE)).conflicts(replace(RUN, labels=None)) == []
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import re
 import statistics
 from collections.abc import Mapping
@@ -14,9 +16,10 @@ import pytest
 from fedlr.report import strict_json, units
 from fedlr.report.page import sweep as sweep_page
 from fedlr.report.page.sweep_cells import Grid, read_grid
+from fedlr.report.page.sweep_choice import SweepCost
 from fedlr.report.page.sweep_figures import MOST_LINES, pictures
 from fedlr.report.page.sweep_summary import markdown, summary_table, to_markdown
-from fedlr.report.page.sweep_tables import settings_table
+from fedlr.report.page.sweep_tables import CSV_FILE, settings_table, write_csv
 from fedlr.report.page.sweep_tests import compare
 from fedlr.report.page.table import Cell, Column, Table
 from fedlr.report.records import SUMMARY_FILE, read_rounds, read_summary, write_summary
@@ -28,6 +31,7 @@ from tests.report.test_sweep_page import page_of
 
 AXES = {"method": ("fedsvd", "ffa_lora"), "privacy.epsilon": ("1", "inf"), "seed": ("0", "1")}
 TUNING = tuning_of("optimizer.learning_rate", "1,2,4", 100, "0.1,0.3")
+COST = SweepCost(runs=14, epsilon_max=math.inf, delta=1e-5, private_epsilon=3.25)
 BEST = {"1": "2", "inf": "0.3"}
 """Value by ε that the made-up tuning runs choose: within the three, and at the edge of the two."""
 
@@ -110,7 +114,7 @@ def test_page_table_and_markdown_say_the_same(tuned: Path, numbers: Grid) -> Non
     read = page_of(tuned)
     headings, *rows = read.tables["Finished cells by setting"]
     page = [dict(zip([h for h, _ in headings], [c for c, _ in row], strict=True)) for row in rows]
-    names, *lines = parsed(markdown(numbers))
+    names, *lines = parsed(markdown(numbers, COST))
     table = [dict(zip(names, line, strict=True)) for line in lines]
     assert len(page) == len(table) == 4
     pairs = {"learning rate": "learning rate", "up": "bytes up", "down": "bytes down"}
@@ -147,6 +151,28 @@ def test_the_page_shows_tuning_runs_and_leaves_them_out(tuned: Path) -> None:
     assert "tune.values=1,2,4 tune.without_privacy=0.1,0.3 tune.seed=100" in read.words
 
 
+def test_means_are_those_of_the_rows_in_the_csv_that_are_to_be_reported(
+    tuned: Path, numbers: Grid
+) -> None:
+    write_csv(numbers, tuned)
+    with (tuned / CSV_FILE).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(numbers.results)
+    for setting in numbers.settings:
+        mine = [
+            row
+            for row in rows
+            if row["stage"] == "run" and all(row[name] == value for name, value in setting.values)
+        ]
+        assert {row["optimizer.learning_rate"] for row in mine} == {
+            BEST[setting.value("privacy.epsilon")]
+        }
+        assert {row["seed"] for row in mine} == set(AXES["seed"])
+        assert statistics.fmean(float(row["accuracy"]) for row in mine) == pytest.approx(
+            setting.accuracy.mean, rel=1e-12
+        )
+
+
 def test_markdown_comes_back(numbers: Grid) -> None:
     table = summary_table(numbers)
     expected = [[c.heading for c in table.columns], *([c.text for c in r] for r in table.rows)]
@@ -160,11 +186,15 @@ def test_markdown_comes_back(numbers: Grid) -> None:
 
 
 def test_the_note_names_what_was_chosen_from(numbers: Grid) -> None:
-    text = markdown(numbers).replace("\\", "")
+    text = markdown(numbers, COST).replace("\\", "")
     assert "optimizer.learning_rate was chosen for each row from 1, 2, 4 (without privacy" in text
     assert "over 2 seeds" in text
     assert "↕: the best of them is at their edge" in text
     assert units.percent(numbers.settings[0].accuracy.mean) in text
+    assert "so ε of the choice is ∞" in text
+    assert f"it would cost ε = {units.privacy_loss(3.25)} at δ" in text
+    unknown = SweepCost(runs=14, epsilon_max=None, notices=("cell 3 cannot be read",))
+    assert markdown(numbers, unknown).endswith("cell 3 cannot be read.\n")
 
 
 def test_a_cell_that_is_not_tuned_does_not_belong(tuned: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,6 +153,30 @@ def test_a_run_that_is_stopped_at_any_moment_goes_on_as_if_it_were_not(
         assert tuple(read_rounds(folder / ROUNDS_FILE)) == resumed.records
 
 
+def test_a_run_that_is_stopped_while_it_sends_the_basis_again_goes_on_too(tmp_path: Path) -> None:
+    name, begun, whole_folder = "fedsvd_rotation", tmp_path / "begun", tmp_path / "whole"
+    begun.mkdir()
+    go_on(begun, name, Fuse(), rounds=1, clients_per_round=4)
+    # The sites are new ones: all lack what the server believes they hold, and are asked twice.
+    shutil.copytree(begun, whole_folder)
+    count = Fuse()
+    whole = go_on(whole_folder, name, count, rounds=2, clients_per_round=4)
+    answers, writes = 2 * 4, 6
+    assert count.moments == answers + writes
+    for moment in range(count.moments):
+        folder = Path(shutil.copytree(begun, tmp_path / str(moment)))
+        with pytest.raises(Killed):
+            go_on(folder, name, Fuse(moment), rounds=2, clients_per_round=4)
+        resumed = go_on(folder, name, Fuse(), rounds=2, clients_per_round=4)
+        assert_same_parts(resumed.parts, whole.parts)
+        assert resumed.epsilon == whole.epsilon
+        assert [record.accepted for record in resumed.records] == [4, 4]
+        # Nothing is written between the two exchanges: the nonces are those of the first.
+        for kept in (folder, whole_folder):
+            sent = json.loads((kept / "journal" / "sending.json").read_text())
+            assert set(sent["phases"]) == {"0"}
+
+
 def test_a_finished_run_goes_on_to_nothing(tmp_path: Path) -> None:
     whole = go_on(tmp_path, "fedsvd", Fuse())
     again = Fuse()
@@ -171,7 +196,7 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
         parts={keys[0]: shared.T, keys[1]: shared, keys[2]: torch.tensor(float("inf"))},
         memory={
             keys[1]: torch.zeros(0, 4, dtype=torch.float64),
-            PartKey("refresh", Role.SEED): torch.tensor([2**63 - 1]),
+            PartKey("residual", Role.SEED): torch.tensor([2**63 - 1]),
         },
         ranks={"client-00": 2, "client-01": 1},
     )

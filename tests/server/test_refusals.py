@@ -278,6 +278,22 @@ def test_updates_without_weight_are_not_enough_for_a_combiner() -> None:
     assert with_combiner(GeometricMedian(), [*sites], weights="declared").stopped_reason is None
 
 
+def test_no_client_stops_the_round_of_the_others_by_the_noise_that_it_announces() -> None:
+    sites = toy_sites(epsilon=0.5)
+    sites[0].sigma = 1e-200
+    outcome = with_combiner(GeometricMedian(), [*sites], weights="inverse_variance")
+    assert (outcome.stopped_reason, outcome.state.round) == (None, 2)
+
+
+def test_too_few_admitted_for_the_combiner_are_refused_before_a_site_pays() -> None:
+    sites = toy_sites()
+    for site in sites[:2]:
+        site.provenance = replace(PROVENANCE, base="another")
+    with pytest.raises(RunError, match=r"2 clients were admitted, .* 3 updates .* another base"):
+        with_combiner(CoordinateMedian(), [*sites])
+    assert not any(site.jobs for site in sites)
+
+
 def test_a_cohort_too_small_for_the_combiner_is_refused_before_the_run() -> None:
     with pytest.raises(RunError, match=r"krum needs 5 updates a round, .* = 4; raise it"):
         with_combiner(Krum(1), [*toy_sites()])

@@ -59,6 +59,13 @@ def test_whatever_a_site_announces_its_weights_are_finite(kind: Weights, least: 
     assert math.fsum(normalised(found)) == 1.0
 
 
+@pytest.mark.parametrize("least", [5e-324, 1e-200])
+def test_a_tiny_sigma_leaves_the_others_a_weight(least: float) -> None:
+    found = weights_of(members([least, 1.0, 1e300]), "inverse_variance")
+    assert min(found) > 0
+    assert normalised(found)[0] == 1.0
+
+
 @pytest.mark.parametrize("size", [2**63, 10**400, -1])
 def test_a_size_that_is_none_is_no_status(size: int) -> None:
     header = encode_status(SiteStatus("client-00", 1, 0.0, 0.0, PROVENANCE))

@@ -145,3 +145,19 @@ def test_a_status_tells_its_rank(rank: int | None) -> None:
     assert decode_status(encode_status(status)) == status
     with pytest.raises(BadUpdate, match="rank = 0 must be"):
         decode_status({**encode_status(status), "rank": 0})
+
+
+def test_a_rotation_that_makes_more_than_was_sent_is_refused() -> None:
+    """k + n numbers would become k·n: a few megabytes all the memory of a site."""
+    job, compact = both()
+    short = arrived(shortened(job, compact, basis=False))
+    one = {key: value[:1] for key, value in compact.basis.items()}
+    basis = Basis("run", digest_of(one), one)
+    tall = {
+        key: torch.ones(5, 1) if key.role is Role.ROTATION else value
+        for key, value in short.parts.items()
+    }
+    assert short.rotated is not None
+    asked = replace(short, parts=tall, rotated=replace(short.rotated, basis=basis.digest))
+    with pytest.raises(ValueError, match="k ≤ r"):
+        completed(asked, basis)

@@ -21,6 +21,7 @@ from fedlr.methods.method import MODEL_ROLES, PartKey, Role
 from fedlr.privacy.dpsgd import Mechanism, clip_groups
 from fedlr.privacy.noise import public_stream, secret_stream
 from fedlr.training.classifier import Classifier
+from fedlr.training.fused import train_together
 from fedlr.training.local import LARGEST_UPDATE, LocalTask
 from fedlr.training.prefix import cache_prefix, find_prefix
 from tests.adapters.test_residual import residual
@@ -247,6 +248,41 @@ def test_a_core_so_large_that_rounding_is_amplified_is_refused(role: Role) -> No
     trainer.check({**parts, key: parts[key] * bound * 0.999}, CORE)
     with pytest.raises(ValueError, match="must be ≤"):
         trainer.check({**parts, key: parts[key] * bound * 1.001}, CORE)
+
+
+@pytest.mark.parametrize("zero", [Role.B, Role.CORE, Role.HEAD])
+@pytest.mark.parametrize("fused", [False, True])
+def test_arrays_that_training_makes_too_large_take_no_further_step(zero: Role, fused: bool) -> None:
+    """From 0 the first step is within the bound; what huge arrays make of it is not."""
+    model = cored() if zero is Role.CORE else tiny()
+    start, train = model.adapted.read(MODEL_ROLES), frozenset({zero})
+    huge = {Role.A: 1e8} if zero is Role.B else {Role.A: 1e4, Role.B: 1e4}
+    parts = {
+        key: value * (0.0 if key.role is zero else huge.get(key.role, 1.0))
+        for key, value in start.items()
+    }
+    if zero is Role.HEAD:  # whose gradient is clipped: a large step is what it takes
+        parts = start
+    rate = 1e4 if zero is Role.HEAD else 1.0
+    for steps in (1, 2):
+        trainer = model.trainer(DATA, steps=steps, learning_rate=rate, head_learning_rate=rate)
+        trainer.check(parts, train)
+        tasks = [task(parts, train)] * (1 + fused)
+        if steps == 1:
+            assert far(train_together(trainer, tasks, [UNITS] * len(tasks))[0], parts)
+            continue
+        with pytest.raises(ValueError, match="must be ≤"):
+            train_together(trainer, tasks, [UNITS] * len(tasks))
+
+
+def test_what_trains_plainly_has_no_bound_on_its_way() -> None:
+    """Without clipping there is no sensitivity that rounding could lift."""
+    model = tiny()
+    parts = model.parts()
+    trainer = model.trainer(DATA, steps=2, learning_rate=1e6)
+    trainer.train(replace(task(parts, B), mechanism=None), UNITS)
+    with pytest.raises(ValueError, match="must be ≤"):
+        trainer.train(task(parts, B), UNITS)
 
 
 def test_cores_train_in_shapes_of_their_own() -> None:

@@ -83,7 +83,7 @@ def honest(grid: Grid, cost: SweepCost | None) -> list[str]:
         "Whoever chooses one of several runs by its result has looked at all of them: the choice "
         "costs what all runs on the same private data spent together, not the ε of the chosen one."
     )
-    return [everyone, *_about_tuning(grid), _spent(cost), _about_validation(grid)]
+    return [everyone, *_about_tuning(grid), spent(cost), _about_validation(grid)]
 
 
 def _about_tuning(grid: Grid) -> list[str]:
@@ -95,7 +95,8 @@ def _about_tuning(grid: Grid) -> list[str]:
     return [f"{runs} there to tune: they looked at the same data, and are among all runs here."]
 
 
-def _spent(cost: SweepCost | None) -> str:
+def spent(cost: SweepCost | None) -> str:
+    """Say what a choice by these results costs; without ``cost``, what computes it."""
     if cost is None:
         return (
             "That ε is composed from the ledgers of all runs, which this page was made without; "
@@ -106,9 +107,9 @@ def _spent(cost: SweepCost | None) -> str:
     if math.isinf(cost.epsilon_max):
         also = ""
         if cost.private_epsilon is not None:
-            spent = units.privacy_loss(cost.private_epsilon)
+            private = units.privacy_loss(cost.private_epsilon)
             also = (
-                f" Without those runs it would cost ε = {spent} at δ = {_delta(cost)}: what the "
+                f" Without those runs it would cost ε = {private} at δ = {_delta(cost)}: what the "
                 "runs with privacy spent together."
             )
         return (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from fedlr.report import units
+from fedlr.report.chosen import left
 from fedlr.report.page.sweep_cells import Grid, Setting
+from fedlr.report.page.sweep_choice import SweepCost, spent
 from fedlr.report.page.sweep_tables import (
     EDGE,
     axis_column,
@@ -67,15 +69,26 @@ def note(grid: Grid) -> str:
         )
         if any(one.choice is not None and one.choice.edge for one in grid.settings):
             told.append(f"{EDGE}: the best of them is at their edge, one beyond may be better.")
-    missing = len(grid.sweep.cells) - len(grid.sweep.of("finished"))
-    if missing:
-        told.append(f"{missing} of {len(grid.sweep.cells)} cells have not finished.")
+    if missing := len(left(grid.sweep)):
+        verb = "has" if missing == 1 else "have"
+        told.append(f"{missing} of {len(grid.sweep.cells)} cells {verb} not finished.")
     return " ".join(told)
 
 
-def markdown(grid: Grid) -> str:
-    """Return `summary_table` and `note` as GitHub's Markdown, with a line end behind them."""
-    return f"{to_markdown(summary_table(grid))}\n{_escaped(note(grid))}\n"
+def markdown(grid: Grid, cost: SweepCost) -> str:
+    """Return the settings as GitHub's Markdown, with a line end behind them.
+
+    Args:
+        grid: The sweep.
+        cost: What its runs spent together: whoever picks a row pays that.
+
+    Returns:
+        `summary_table`, `note`, and what a choice costs.
+    """
+    told = [note(grid), "Whoever chooses a row by its result has looked at all runs.", spent(cost)]
+    if cost.epsilon_max is None:
+        told += [f"{notice.rstrip('.')}." for notice in cost.notices]
+    return f"{to_markdown(summary_table(grid))}\n{_escaped(' '.join(told))}\n"
 
 
 def to_markdown(table: Table) -> str:
