@@ -67,12 +67,7 @@ def catalogue(about: Mapping[str, str]) -> Catalogue:
             for name, facts in COMBINERS.items()
         ),
         subspaces=tuple(
-            SubspaceRow(
-                name=name,
-                about=about.get(name, ""),
-                looks_at=_looks_at(name),
-                columns=name in SUBSPACES,
-            )
+            SubspaceRow(name=name, about=about.get(name, ""), looks_at=_looks_at(name))
             for name in _choices("kind")
         ),
         refreshes=tuple(_refresh_row(name) for name in _choices("refresh")),

@@ -88,13 +88,11 @@ class SubspaceRow:
         name: As in the configuration.
         about: What it is.
         looks_at: What it needs beside a public seed; never private data.
-        columns: Whether it also gives the output side of a site, which Fed-SB draws.
     """
 
     name: str
     about: str
     looks_at: str
-    columns: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +153,8 @@ def _sections(found: Catalogue) -> list[tuple[str, tuple[str, ...], Rows]]:
         ),
         (
             "subspace=",
-            ("name", "looks at", "Fed-SB", "what it is"),
-            [(row.name, row.looks_at, _yes(row.columns), row.about) for row in found.subspaces],
+            ("name", "looks at", "what it is"),
+            [(row.name, row.looks_at, row.about) for row in found.subspaces],
         ),
         (
             f"subspace.refresh=, {found.refreshes[0].title.partition(',')[0]} as the example",
