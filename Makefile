@@ -26,14 +26,18 @@ test test-all bench bench-gpu: export HF_HUB_DISABLE_TELEMETRY := 1
 test test-all bench bench-gpu: export FLWR_TELEMETRY_ENABLED := 0
 test test-all bench bench-gpu: export TOKENIZERS_PARALLELISM := false
 
+# A process a core, with one thread of torch each: tests share nothing but the files of a module.
+WORKERS ?= 2
+IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 simulate: $(STAMP) ## Run a federation on this machine
 	$(BIN)/fedlr simulate
 
-test: $(STAMP) ## Run the tests that take seconds
-	$(BIN)/python -m pytest
+test: $(STAMP) ## Run the tests that take seconds; WORKERS=4 for four processes
+	$(IN_PARALLEL)
 
 test-all: $(STAMP) browser ## Run every test, the long statistical ones and those in a browser too
-	$(BIN)/python -m pytest -m "not bench" -o faulthandler_timeout=1800
+	$(IN_PARALLEL) -m "not bench" -o faulthandler_timeout=1800
 
 browser: $(STAMP) ## Install Chromium where there is none: reports are tested in it
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
