@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 
 import fedlr.method_choice as choice
 from fedlr.build import Workbench, build, source_spec
-from fedlr.config import RunConfig
+from fedlr.config import CombineConfig, RunConfig, rules
 from fedlr.data.batching import tokenise
 from fedlr.data.dataset import TextDataset
 from fedlr.data.public import load_public
 from fedlr.errors import ConfigError, DataError
 from fedlr.lowrank.subspace import Directions, principal_directions, singular_directions
 from fedlr.method_choice import method_problems
+from fedlr.methods.combiners import COMBINERS
 from fedlr.methods.fedsvd import FedSVD
 from fedlr.methods.method import GlobalState, PartKey, Role
 from fedlr.methods.refresh import Alternating, Merging
@@ -270,3 +272,14 @@ def test_what_does_not_go_together_is_one_sentence_with_a_way_out(
     (found,) = method_problems(settings(subspace, **sections))
     assert re.match(message, found), found
     assert method_problems(settings({})) == []
+
+
+def test_the_rules_of_a_configuration_and_the_combiners_tell_the_same() -> None:
+    """`fedlr.config` imports no method, so what it says of combiners is written there too."""
+    kinds = typing.get_args(typing.get_type_hints(CombineConfig)["kind"])
+    assert sorted(kinds) == sorted(COMBINERS)
+    unweighted = [name for name, facts in COMBINERS.items() if not facts.weighted]
+    assert sorted(rules._ALIKE) == sorted(unweighted)
+    bearing = [name for name, facts in COMBINERS.items() if facts.malicious]
+    assert sorted(rules._BEARS) == sorted(bearing)
+    assert [name for name, facts in COMBINERS.items() if facts.bounded] == ["norm_bounded_mean"]

@@ -76,7 +76,8 @@ class CombineConfig:
         malicious: Clients of a round that may send anything; what a robust combiner is
             built to bear. null: the most that the cohort allows.
         bound: Largest Frobenius norm of one client's whole change
-            (``norm_bounded_mean``); null takes the median of the clients' norms.
+            (``norm_bounded_mean``), with mixed ranks of each block of columns that the same
+            clients trained; null takes the median of the clients' norms.
         consensus: Agreement in [0, 1] below which a direction of the combined change is
             dropped (`fedlr.methods.consensus`); null drops none.
     """
