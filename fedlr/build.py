@@ -22,6 +22,7 @@ from fedlr.adapters.quantised import missing_package
 from fedlr.adapters.surgery import AdaptedModel
 from fedlr.config import HeadConfig, RunConfig
 from fedlr.data.dataset import LoadedData
+from fedlr.data.public import check_public
 from fedlr.data.sources import SourceSpec, check_present, load
 from fedlr.data.stdlib import LABEL_TEXTS
 from fedlr.data.store import Store
@@ -280,8 +281,9 @@ def check_names(config: RunConfig) -> None:
 
 
 def check_data(config: RunConfig) -> None:
-    """Raise DataError now if local data are not there; reads no row."""
+    """Raise DataError now if local data, or public text, are not there; reads no row."""
     check_present(source_spec(config))
+    check_public(config.subspace.public, source_spec(config))
 
 
 def source_spec(config: RunConfig) -> SourceSpec:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlr.build import build
+from fedlr.build import build, check_data
 from fedlr.config import RunConfig, from_json
 from fedlr.config.nodes import for_nodes
 from fedlr.errors import RunError
@@ -86,6 +86,7 @@ def run(grid: Grid, context: Context) -> None:
 def _begin(config: RunConfig, flower_run: int) -> Session:
     """Make the run folder and its ledgers, and leave the order for the nodes."""
     began = time.monotonic()
+    check_data(config)
     workbench = build(config, say)
     session = begin(workbench, began, say)
     try:

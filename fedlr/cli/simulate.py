@@ -83,13 +83,14 @@ def simulate(config: RunConfig) -> Path:
         FedlrError: The run cannot be built or started, or completed no round; what
             had been written stays, nothing of another run is touched.
     """
-    from fedlr.build import build
+    from fedlr.build import build, check_data
     from server.session import begin
 
     began = time.monotonic()
     output = output_folder(config.output)
     check_output(output, config.name)
     check_early(config)
+    check_data(config)
     return _complete(begin(build(config, say), began, say))
 
 

@@ -32,6 +32,17 @@ _PER_FILE = 4
 """Most comments of one file, so that they come from many."""
 
 
+def check_public(place: str | None, spec: SourceSpec) -> None:
+    """Raise DataError now if the text at ``place`` is not there; reads no row.
+
+    Args:
+        place: As in `load_public`; None needs nothing.
+        spec: The run's data source: its name of the training split.
+    """
+    if place not in (None, STDLIB):
+        _file(Path(str(place)), spec.train_split)
+
+
 def load_public(
     place: str, spec: SourceSpec, label_names: tuple[str, ...], labelled: bool
 ) -> TextDataset:

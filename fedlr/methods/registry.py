@@ -135,8 +135,9 @@ def problems_of(
     for field in fields(options):
         value = getattr(options, field.name)
         if field.name not in own and value != field.default:
+            usual = "null" if field.default is None else str(field.default).lower()
             problems.append(
-                f"method.{field.name} = {value} but method.name = {name} has no such setting; "
-                f"leave it at {field.default}"
+                f"method.{field.name} = {str(value).lower()} but method.name = {name} has no such "
+                f"setting; leave it at {usual}"
             )
     return problems

@@ -157,6 +157,14 @@ def test_a_missing_file(tmp_path: Path) -> None:
     )
 
 
+def test_missing_public_text_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    words = ("debug=tiny", "subspace=activations", "subspace.public=absent")
+    shown = assert_refused(
+        *words, cwd=tmp_path, status=DATA, says="subspace.public = 'absent' cannot be read"
+    )
+    assert "reading the data" not in shown
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
