@@ -42,6 +42,12 @@ _MOST_TICKS = 10
 _WIDEST_LABELS = 60
 """Characters of all names of a category that stand beside one another; of more, they lean."""
 
+_LEAN = 35.0
+"""Their angle, degrees."""
+
+_CHARACTER = 0.075
+"""Width of a character of a tick's label, inches."""
+
 _BEYOND = 0.2
 """Distance of ∞ from the largest number, as a share of the axis of numbers."""
 
@@ -153,10 +159,11 @@ def apply(scale: Scale, axes: Axes, theme: Theme) -> None:
     axes.xaxis.set_major_formatter(
         FixedFormatter([label.replace("$", r"\$") for _, label in ticks])
     )
-    if scale.kind == "category" and sum(len(label) for _, label in ticks) > _WIDEST_LABELS:
-        axes.tick_params(axis="x", labelrotation=25)
+    if _leans(scale):
+        axes.tick_params(axis="x", labelrotation=_LEAN)
         for label in axes.get_xticklabels():
             label.set_horizontalalignment("right")
+            label.set_rotation_mode("anchor")  # the end of a label is at its tick
     end = scale.high if scale.infinity is None else scale.infinity
     if scale.kind == "log" and end > scale.low:
         margin = (end / scale.low) ** 0.06
@@ -169,6 +176,19 @@ def apply(scale: Scale, axes: Axes, theme: Theme) -> None:
     if scale.infinity is not None:
         middle = math.sqrt(scale.high * end) if scale.kind == "log" else (scale.high + end) / 2
         axes.axvline(middle, color=theme.muted, linestyle=":", linewidth=1.0)
+
+
+def extra_height(scale: Scale) -> float:
+    """Return the inches that leaning labels need below the axis: a figure is that much taller."""
+    if not _leans(scale):
+        return 0.0
+    longest = max(len(label) for _, label in scale.ticks)
+    return longest * _CHARACTER * math.sin(math.radians(_LEAN))
+
+
+def _leans(scale: Scale) -> bool:
+    labels = [label for _, label in scale.ticks]
+    return scale.kind == "category" and sum(map(len, labels)) > _WIDEST_LABELS
 
 
 def name_of(values: Values) -> str:

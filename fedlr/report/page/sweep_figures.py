@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fedlr.report import units
 from fedlr.report.chosen import SEED
 from fedlr.report.page import sweep_axis
-from fedlr.report.page.drawing import Drawing, Theme, draw, literal
+from fedlr.report.page.drawing import SIZE, Drawing, Theme, draw, literal
 from fedlr.report.page.sweep_axis import (
     MARKERS,
     Scale,
@@ -93,9 +93,14 @@ def pictures(grid: Grid) -> tuple[Drawing, ...]:
     found = _of_search(grid, settings) if grid.sweep.facts.search else _of_grid(grid, settings)
     names = ["accuracy", *(f"accuracy-{number}" for number in range(2, len(found) + 1))]
     return tuple(
-        draw(name, _caption(picture), _words(picture), partial(_plot, picture))
+        draw(name, _caption(picture), _words(picture), partial(_plot, picture), _size(picture))
         for name, picture in zip(names, found[:MOST_PICTURES], strict=False)
     )
+
+
+def _size(picture: Picture) -> tuple[float, float]:
+    """Width and height, inches: long labels must not take the height of the axes."""
+    return SIZE[0], SIZE[1] + sweep_axis.extra_height(picture.scale)
 
 
 def horizontal(grid: Grid) -> str:
