@@ -91,6 +91,28 @@ class DoctorError(FedlrError):
     exit_code = 10
 
 
+class OrderRefused(FedlrError):
+    """A run asks a site for something that its operator has not allowed.
+
+    Attributes:
+        code: What the server is told, one of `OrderRefused.CODES`; the message is for the
+            operator alone.
+    """
+
+    exit_code = 11
+    CODES = ("unsigned", "expired", "replayed", "unapproved", "policy")
+
+    def __init__(self, code: str, message: str) -> None:
+        if code not in self.CODES:
+            raise ValueError(f"code = {code!r} must be one of {self.CODES}")
+        self.code = code
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[OrderRefused], tuple[str, str]]:
+        """Say how to make it again in another process."""
+        return type(self), (self.code, str(self))
+
+
 class BadUpdate(FedlrError):
     """An update from a site fails the server's checks and is not aggregated.
 

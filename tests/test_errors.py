@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from fedlr import errors
-from fedlr.errors import BadUpdate, ConfigError, FedlrError
+from fedlr.errors import BadUpdate, ConfigError, FedlrError, OrderRefused
 
 
 def every_kind() -> list[FedlrError]:
@@ -19,6 +19,8 @@ def every_kind() -> list[FedlrError]:
                 made.append(ConfigError(["one", "two"]))
             elif value is BadUpdate:
                 made.append(BadUpdate("norm", "too large"))
+            elif value is OrderRefused:
+                made.append(OrderRefused("unsigned", "altered"))
             else:
                 made.append(value("a sentence"))
     return made

@@ -54,6 +54,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "fedlr.build": BUILT,
     "fedlr.restore": BUILT,
     "fedlr.doctor": (*BUILT, "fedlr.restore"),
+    "fedlr.signing": (*BASE, "fedlr.report.strict_json"),
     "fedlr.orders": (
         *(*BASE, *SHOWING, "fedlr.config", "fedlr.planning"),
         *("fedlr.privacy", "fedlr.methods"),
@@ -110,7 +111,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "ray": ("server.simulation",),
     "grpc": ("client.agent", "client.app", "client.agent_pb2_grpc"),
     "google": ("client.agent_pb2", "client.agent_pb2_grpc"),
-    "cryptography": ("fedlr.privacy", "fedlr.cli", "client"),
+    "cryptography": ("fedlr.privacy", "fedlr.signing", "fedlr.cli", "client"),
     "hydra": ("fedlr.cli",),
     "optuna": ("fedlr.cli.search",),
     "omegaconf": ("fedlr.cli",),
