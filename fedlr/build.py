@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,13 +19,13 @@ from fedlr.adapters.forward import use_kernel
 from fedlr.adapters.inject import inject
 from fedlr.adapters.quantised import missing_package
 from fedlr.adapters.surgery import AdaptedModel
-from fedlr.config import HeadConfig, RunConfig
+from fedlr.config import RunConfig
 from fedlr.data.dataset import LoadedData
 from fedlr.data.public import check_public
 from fedlr.data.sources import SourceSpec, check_present, load
-from fedlr.data.stdlib import LABEL_TEXTS
 from fedlr.data.store import Store
 from fedlr.errors import ConfigError
+from fedlr.head_choice import build_head, label_texts, trained_head
 from fedlr.kernels.dispatch import (
     KERNELS,
     NAIVE,
@@ -40,7 +39,7 @@ from fedlr.kernels.dispatch import (
 from fedlr.lowrank.factors import AdapterSite
 from fedlr.method_choice import Start, folds, method_of, method_problems, trains_cores
 from fedlr.methods.method import MODEL_ROLES, Layout, Method
-from fedlr.planning import ClientPlan, plan_clients
+from fedlr.planning import ClientPlan, OwnRows, plan_clients
 from fedlr.reuse import (
     NOTHING_SHARED,
     Reuse,
@@ -53,7 +52,6 @@ from fedlr.reuse import (
 from fedlr.training.base import BaseModel, model_size
 from fedlr.training.classifier import Classifier
 from fedlr.training.evaluate import Evaluator
-from fedlr.training.heads import LinearHead, RandomClsHead, label_embeddings
 from fedlr.training.jobs import Provenance
 from fedlr.training.local import LocalSettings, LocalTrainer
 from fedlr.training.memory import DEFAULT_ROWS, power_of_two, rows_that_fit
@@ -110,6 +108,7 @@ def build(
     noise: Mapping[str, float] | None = None,
     evaluate: bool = True,
     reuse: Reuse = NOTHING_SHARED,
+    own: OwnRows | None = None,
 ) -> Workbench:
     """Build everything that ``config`` describes.
 
@@ -120,6 +119,7 @@ def build(
         evaluate: Whether validation will be asked for; False saves its frozen
             layers in a process that only trains.
         reuse: What other runs of this process have made already; changes no result.
+        own: Rows of one real site, in the place of what ``config`` says of data and clients.
 
     Raises:
         ConfigError: A setting that does not fit the model or the data.
@@ -128,7 +128,7 @@ def build(
     check_names(config)
     if config.kernels.threads is not None:
         torch.set_num_threads(config.kernels.threads)
-    device, spec = _device(config), source_spec(config)
+    device, spec = _device(config), source_spec(config) if own is None else own.spec
     store = None if config.data.cache is None else Store.open(config.data.cache, say)
     check_present(spec)
     base = resident_base(config, device, reuse, say)
@@ -136,10 +136,10 @@ def build(
     head = build_head(config, base, data.label_names)
     encoder, sites = adapt(config, base)
     # After what is quickly found wrong, before what takes long.
-    clients = plan_clients(config, data, noise, say)
+    clients = plan_clients(config, data, noise, say) if own is None else (own.plan(data),)
     prefix = find_prefix(encoder, sites)
     classifier = Classifier(encoder, head.to(device).requires_grad_(False), prefix)
-    adapted = AdaptedModel(encoder, sites, _trained_head(head, config.model.head))
+    adapted = AdaptedModel(encoder, sites, trained_head(head, config.model.head))
     start = Start(base, classifier, adapted, spec, data.label_names)
     rows = rows_key(config, spec)
     longest = config.model.max_length
@@ -164,7 +164,7 @@ def build(
         provenance=provenance(config, base, data.label_names),
         data=data,
         clients=clients,
-        majority=float(np.bincount(data.validation.labels).max() / len(data.validation)),
+        majority=data.validation.majority,
         notices=(*data.notices, *notices(config.model.precision, settings.own_shapes)),
     )
 
@@ -331,41 +331,6 @@ def local_settings(config: RunConfig) -> LocalSettings:
     )
 
 
-def build_head(config: RunConfig, base: BaseModel, label_names: tuple[str, ...]) -> nn.Module:
-    """Return the head of ``config.model.head``; its random draws come from the public seed.
-
-    Raises:
-        ConfigError: The number of label texts is not the number of labels.
-        ModelError: The model has no ``hidden_size``: it is no text encoder.
-    """
-    head, classes = config.model.head, len(label_names)
-    width = model_size(base, "hidden_size")
-    if head.kind == "random_cls":
-        return RandomClsHead(width, classes, torch.Generator().manual_seed(config.seed))
-    if head.kind == "linear":
-        return LinearHead(torch.zeros(classes, width), bias=True, feature_scale=head.feature_scale)
-    texts = _label_texts(head, label_names)
-    if len(texts) != classes:
-        raise ConfigError(
-            [
-                f"model.head.label_texts has {len(texts)} texts for {classes} labels "
-                f"({', '.join(label_names)}); give one text per label, in that order"
-            ]
-        )
-    weight = label_embeddings(base.encoder, base.tokenizer, texts, head.label_scale)
-    return LinearHead(weight, bias=head.trained, feature_scale=head.feature_scale)
-
-
-def _label_texts(head: HeadConfig, label_names: tuple[str, ...]) -> tuple[str, ...]:
-    return head.label_texts or tuple(LABEL_TEXTS.get(name, name) for name in label_names)
-
-
-def _trained_head(head: nn.Module, settings: HeadConfig) -> dict[str, nn.Parameter]:
-    if not settings.trained:
-        return {}
-    return {f"head.{name}": value for name, value in head.named_parameters()}
-
-
 def provenance(config: RunConfig, base: BaseModel, label_names: tuple[str, ...]) -> Provenance:
     """Return the digests that server and sites must agree on.
 
@@ -376,7 +341,7 @@ def provenance(config: RunConfig, base: BaseModel, label_names: tuple[str, ...])
     Settings and not computed weights, whose last bits differ between processors.
     """
     model = config.model
-    texts = _label_texts(model.head, label_names) if model.head.kind == "label_text" else None
+    texts = label_texts(model.head, label_names) if model.head.kind == "label_text" else None
     drawn = model.random_weights or model.head.kind == "random_cls"
     meaning = {
         "label_names": label_names,

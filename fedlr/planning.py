@@ -57,6 +57,19 @@ class Terms:
 
 
 @dataclass(frozen=True)
+class OwnRows:
+    """The rows of one real site, and the public numbers that its operator declares.
+
+    Attributes:
+        spec: Where the rows are.
+        plan: Loaded data → the site as a client; every number in it is declared, none counted.
+    """
+
+    spec: SourceSpec
+    plan: Callable[[LoadedData], ClientPlan]
+
+
+@dataclass(frozen=True)
 class Split:
     """What a plan needs to know of the data.
 

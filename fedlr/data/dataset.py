@@ -68,6 +68,12 @@ class TextDataset:
         """N, the number of rows."""
         return len(self.texts)
 
+    @property
+    def majority(self) -> float:
+        """Share of the largest class, [0, 1]; 0 where there is no row."""
+        counts = np.bincount(self.labels, minlength=1)
+        return float(counts.max() / max(1, len(self)))
+
     def select(self, rows: Rows) -> TextDataset:
         """Return the data set of ``rows`` (positions, int64, any order, may be empty)."""
         chosen = [int(row) for row in rows]

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from fedlr.data.dataset import LoadedData, TextDataset
 from fedlr.data.rows import (
     NumberedRows,
@@ -39,7 +41,7 @@ def load(spec: SourceSpec) -> LoadedData:
 
     Returns:
         Train and validation rows. A validation file needs no user column and
-        its natural ids are not read.
+        its natural ids are not read. With ``whole`` all rows are train.
 
     Raises:
         ConfigError: ``path`` is not set.
@@ -50,8 +52,10 @@ def load(spec: SourceSpec) -> LoadedData:
         raise ConfigError(["data.path is not set; data=file needs a folder or a file"])
     path = Path(spec.path)
     if is_file(path):
-        choose_validation((), spec, spec.path)
         label_names = _label_names(path.parent, spec)
+        if spec.whole:
+            return _whole(spec, path, label_names)
+        choose_validation((), spec, spec.path)
         return assemble(spec, _read(path, spec, label_names), None, label_names)
     splits = split_files(path)
     train = splits.get(spec.train_split)
@@ -63,6 +67,8 @@ def load(spec: SourceSpec) -> LoadedData:
             "data.train_split."
         )
     label_names = _label_names(path, spec)
+    if spec.whole:
+        return _whole(spec, train, label_names)
     chosen, notices = choose_validation(splits, spec, str(path))
     validation = None
     if chosen is not None:
@@ -120,6 +126,13 @@ def _label_names(folder: Path, spec: SourceSpec) -> tuple[str, ...]:
     if not isinstance(names, list):
         raise DataError(f"{path} must be a JSON array of class names in index order.")
     return check_declared_labels(str(path), names)
+
+
+def _whole(spec: SourceSpec, path: Path, label_names: tuple[str, ...]) -> LoadedData:
+    """Return every row of one file as train, with an empty validation set."""
+    train = _read(path, spec, label_names)
+    none = train.select(np.array([], dtype=np.int64))
+    return LoadedData(train, none, label_names, spec.public)
 
 
 def _read(path: Path, spec: SourceSpec, label_names: tuple[str, ...]) -> TextDataset:

@@ -34,6 +34,8 @@ class SourceSpec:
         seed: Public seed of every cut, ≥ 0.
         split_by_user: Whether a cut from train takes whole users, so that
             nobody is in both parts; needed where the unit of privacy is a user.
+        whole: Whether every row of the training split is trained on, and no validation set
+            is read or cut off: a real site of ``kind=file``.
 
     Raises:
         ValueError: A field is outside its bound.
@@ -54,6 +56,7 @@ class SourceSpec:
     public: bool
     seed: int
     split_by_user: bool = False
+    whole: bool = False
 
     def __post_init__(self) -> None:
         checks.one_of("kind", self.kind, ("stdlib", "hub", "file"))

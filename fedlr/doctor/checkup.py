@@ -12,7 +12,6 @@ from fedlr.adapters.surgery import AdaptedModel
 from fedlr.build import (
     Workbench,
     adapt,
-    build_head,
     check_names,
     check_own_shapes,
     local_settings,
@@ -24,6 +23,7 @@ from fedlr.doctor import clipping, durability, exchange, frozen, gradients, kern
 from fedlr.doctor.finding import Check, Finding, find
 from fedlr.doctor.subject import UNITS, Subject, left_as_it_was
 from fedlr.errors import DoctorError
+from fedlr.head_choice import build_head
 from fedlr.method_choice import Start, method_of
 from fedlr.restore import RunModel
 from fedlr.training.base import check_capacity, check_rows_alone, load_base

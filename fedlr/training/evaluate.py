@@ -22,7 +22,7 @@ class Evaluator:
     Args:
         classifier: Adapted encoder with head.
         adapted: Its movable arrays.
-        data: Public rows, N ≥ 1.
+        data: Public rows, N; none at a real site, which evaluates nothing.
         physical_batch: Rows of one forward pass; changes no result.
         device: Where the model lives.
     """
@@ -35,7 +35,6 @@ class Evaluator:
         physical_batch: int,
         device: torch.device,
     ) -> None:
-        checks.at_least("validation rows", len(data), 1)
         self._classifier, self._adapted = classifier.eval(), adapted
         self._data, self._device = data, device
         self._pieces = physical_batches(np.arange(len(data)), data.lengths, physical_batch)
@@ -46,7 +45,11 @@ class Evaluator:
         Args:
             parts: A method's state: what the model computes with, cores and residuals
                 too, is written into it; the rest is left out.
+
+        Raises:
+            ValueError: There is no row.
         """
+        checks.at_least("validation rows", len(self._data), 1)
         roles = MODEL_ROLES | RESIDUAL_ROLES
         self._adapted.write({key: value for key, value in parts.items() if key.role in roles})
         correct, loss = 0, 0.0

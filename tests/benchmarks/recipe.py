@@ -23,8 +23,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fedlr.build import Workbench, build_head
+from fedlr.build import Workbench
 from fedlr.data.batching import TokenisedDataset, tokenise
+from fedlr.head_choice import build_head
 from fedlr.methods.method import Parts, Role
 from fedlr.training.base import load_base
 
