@@ -19,16 +19,24 @@ HONEST, FLIPPED, HUGE, NOT_A_NUMBER = 1.0, -1.0, -100.0, float("nan")
 """What the liar's change is multiplied by."""
 
 WORDS = (
-    *("privacy=none", "partition=iid", "federation.evaluate_every=1000"),
     *("federation.clients=6", "federation.clients_per_round=6", "federation.min_clients=5"),
-    # A part of the embedded data, so that a run takes a minute.
-    *("data.max_examples=3000", "optimizer.expected_batch=64"),
-    # Nothing is clipped: at the default's rate it diverges.
-    "optimizer.learning_rate=0.3",
+    # The job of `sweep=methods`, with more rows a step.
+    *("adapter.layers=top:1", "model.max_length=32", "optimizer.steps=4"),
+    *("optimizer.expected_batch=96", "federation.evaluate_every=1000"),
     # One site after the other, so that each answers for itself.
     "kernels.fused_clients=1",
 )
-"""The embedded job without privacy: all six in every round, of which five must be accepted."""
+"""The embedded job: all six in every round, of which five must be accepted."""
+
+PLAIN = ("privacy=none", "optimizer.learning_rate=0.3")
+"""Nothing is clipped: at the default's rate it diverges."""
+
+SETTINGS = {
+    "iid": ("partition=iid", *PLAIN),
+    "Dirichlet 0.5": ("partition=dirichlet", "partition.alpha=0.5", *PLAIN),
+    "ε = 8": ("partition=iid", "privacy.epsilon=8", "optimizer.learning_rate=5"),
+}
+"""What the six hold, and whether they are private: overrides by name."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +87,12 @@ class Federation:
     Args:
         folder: For run folders.
         rounds: Rounds of a run.
-        words: Further overrides.
+        words: Overrides beside `WORDS`.
     """
 
-    def __init__(self, folder: Path, rounds: int, *words: str) -> None:
+    def __init__(self, folder: Path, rounds: int, words: Sequence[str]) -> None:
         self._folder, self._rounds = folder, rounds
-        config = compose([*WORDS, f"federation.rounds={rounds}", *words])
-        self._bench = build(config)
+        self._bench = build(compose([*WORDS, f"federation.rounds={rounds}", *words]))
         self._runs = 0
 
     def __call__(self, kind: str, factor: float | None = None) -> Result:
