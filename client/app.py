@@ -49,8 +49,8 @@ def make_client_app(site_of: Callable[[Context], SiteLike]) -> ClientApp:
     """Return the ClientApp with the handlers ``query.status`` and ``train``.
 
     Args:
-        site_of: Context of a node → its site. A simulation looks up
-            ``context.node_config["partition-id"]``, a real node reaches its agent.
+        site_of: Context of a node → its simulated site, by
+            ``context.node_config["partition-id"]``. A real one has `client.proxy`.
     """
     app = ClientApp()
 

@@ -79,8 +79,11 @@ class RunOrder:
 
     @property
     def digest(self) -> str:
-        """sha256, hex, of all of it: what an operator approves."""
-        return sha256(self._signed()).hexdigest()
+        """sha256, hex, of run and configuration: what an operator approves.
+
+        A coordinator may sign the same again for a later time, for a run that goes on.
+        """
+        return sha256(_DOMAIN + f"{self.run}\0{self.config}".encode()).hexdigest()
 
     def _signed(self) -> bytes:
         """Return what is signed; strict JSON in field order is one text for one order."""

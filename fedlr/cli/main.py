@@ -21,6 +21,7 @@ VERBS = {
     "report": ("fedlr.cli.report", "write a run or a sweep as one page with figures"),
     "export": ("fedlr.cli.export", "write the model of a run as others load it"),
     "audit": ("fedlr.cli.audit", "attack a site's private training; bound its ε from below"),
+    "agent": ("fedlr.cli.agent", "serve one real site: its data, ledger, policy and model"),
     "ledger": ("fedlr.cli.ledger", "show, verify, export or mend a data source's ledger"),
     "predict": ("fedlr.cli.predict", "classify texts with the model of a run"),
     "doctor": ("fedlr.cli.doctor", "check that privacy holds on this machine, model and device"),
@@ -37,6 +38,7 @@ usage: fedlr simulate [overrides]
        fedlr methods [--json]
        fedlr report <run folder or sweep> [--output <folder>] [--markdown]
        fedlr export <run folder> [--merge] [--output <folder>]
+       fedlr agent <policy.toml>
        fedlr ledger <action> <file>
        fedlr predict <run folder> "text" … [--json]
 

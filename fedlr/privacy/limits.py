@@ -165,15 +165,32 @@ def read_limits(path: Path) -> Limits:
     """Return what a policy file allows.
 
     Raises:
-        ConfigError: It cannot be read, is no TOML, or has a key or value that is not
-            known; all problems at once. A key that is ignored could be the one that counts.
+        ConfigError: As `read_toml` and `limits_of`.
     """
+    return limits_of(read_toml(path), path)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the content of a policy file; ConfigError where it cannot be read or is no TOML."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([f"policy {path} cannot be read: {error.strerror or error}"]) from error
     except ValueError as error:
         raise ConfigError([f"policy {path} is no TOML: {error}; correct it"]) from error
+
+
+def limits_of(values: Mapping[str, Any], path: Path) -> Limits:
+    """Return what the content of a policy file allows.
+
+    Args:
+        values: The content.
+        path: The file, beside which a relative ledger lies.
+
+    Raises:
+        ConfigError: A key or value that is not known; all problems at once. A key that is
+            ignored could be the one that counts.
+    """
     flat, problems = _flatten(values)
     for name, check in _CHECKS.items():
         if name in flat:

@@ -36,6 +36,7 @@ ABSTENTION_CODES = (
     "no_base",
     "ledger",
     "forfeited",
+    *("unsigned", "expired", "replayed", "unapproved", "busy"),
     "failed",
 )
 """Every reason a site may give for not taking part; a fixed list, so that no text leaks.
@@ -47,7 +48,10 @@ tokenizer, labels or codec · ``bad_job`` the job's names or shapes do not fit �
 ``no_release`` a projecting phase without a release of this round · ``no_base`` the job
 brings rotations of a basis that the site has not got: it is asked again, with the basis ·
 ``ledger`` the ledger refuses · ``forfeited`` the job was begun before and cut short: it is
-spent, and not done again · ``failed`` anything else, explained on the operator's console
+spent, and not done again · of an agent: ``unsigned`` no coordinator that the operator trusts
+asked for it, ``expired`` the order's time is over or has not come, ``replayed`` its run asked
+for something else before, ``unapproved`` the operator has not approved it (yet), ``busy`` a
+job trains and another one waits · ``failed`` anything else, explained on the operator's console
 only.
 """
 

@@ -1,0 +1,347 @@
+"""An agent answers what its operator has allowed, once, and everything else with a code."""
+
+from __future__ import annotations
+
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from client import agent as agent_module
+from client import wire
+from client.agent_pb2 import Piece
+from client.declaration import Declaration
+from client.orderbook import OrderBook
+from client.site import Site
+from fedlr.errors import LedgerError, RunError
+from fedlr.methods.method import ClientUpdate
+from fedlr.signing import sign
+from fedlr.training.jobs import Abstention, Job, SiteStatus, encode_job
+from tests.client.real_site import (
+    RUN,
+    SIZE,
+    Place,
+    agent,
+    ask,
+    first_job,
+    place,
+    send,
+    status,
+    stub_of,
+)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return place(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="module")
+def job(site: Place) -> Job:
+    return first_job(site)
+
+
+@pytest.fixture(scope="module")
+def served(site: Place) -> Iterator[Declaration]:
+    with agent(site) as declaration:
+        yield declaration
+
+
+def code(answer: ClientUpdate | Abstention) -> str:
+    assert isinstance(answer, Abstention), answer
+    return answer.code
+
+
+def test_a_site_says_what_is_declared_and_nothing_that_is_counted(
+    site: Place, served: Declaration
+) -> None:
+    found = status(served, site.signed())
+    assert isinstance(found, SiteStatus)
+    assert (found.client, found.declared_size) == ("client-000", SIZE)
+    assert found.noise_multiplier > 0
+    assert found.delta == 1 / (10 * SIZE) or found.delta == 1e-5
+
+
+def test_a_job_is_answered_once_and_paid_once(site: Place, served: Declaration, job: Job) -> None:
+    order, before = site.signed(), site.rounds_booked()
+    mine = replace(job, nonce="once")
+    first, again = ask(served, order, mine), ask(served, order, mine)
+    assert isinstance(first, ClientUpdate)
+    assert isinstance(again, ClientUpdate)
+    assert first.parts.keys() == {key for key in job.parts if key.role in job.send}
+    assert all(torch.equal(value, again.parts[key]) for key, value in first.parts.items())
+    assert any(not torch.equal(value, job.parts[key]) for key, value in first.parts.items())
+    assert site.rounds_booked() == before + 1
+
+
+def test_nobody_else_can_ask(site: Place, served: Declaration, job: Job) -> None:
+    before = site.rounds_booked()
+    stranger = sign(site.order(), Ed25519PrivateKey.generate())
+    altered = site.signed().replace(r"\"rounds\":3", r"\"rounds\":9")
+    assert altered != site.signed()
+    for text in ("", "{}", stranger, altered):
+        assert code(ask(served, text, replace(job, nonce="x"))) == "unsigned"
+        assert status(served, text) == "unsigned"
+    late = site.signed(issued=1_000, expires=2_000)
+    assert code(ask(served, late, replace(job, nonce="x"))) == "expired"
+    assert site.rounds_booked() == before
+
+
+def test_a_run_keeps_the_order_it_came_with(site: Place, served: Declaration, job: Job) -> None:
+    run = "other-1a2b"
+    first, before = site.signed(run=run), site.rounds_booked()
+    assert isinstance(status(served, first), SiteStatus)
+    other = site.signed(site.config("federation.rounds=9"), run=run)
+    assert status(served, other) == "replayed"
+    assert code(ask(served, other, replace(job, run=run))) == "replayed"
+    assert site.rounds_booked() == before
+
+
+def test_a_job_under_the_order_of_another_run_is_refused(
+    site: Place, served: Declaration, job: Job
+) -> None:
+    before = site.rounds_booked()
+    assert code(ask(served, site.signed(), replace(job, run="another"))) == "bad_job"
+    assert site.rounds_booked() == before
+
+
+def test_what_the_policy_does_not_allow_is_refused(site: Place, served: Declaration) -> None:
+    asked = (
+        ("privacy=none",),
+        ("privacy=dry", "data.public=true"),
+        ("privacy.unit=user", "data.user_column=text"),
+        ("privacy.delta=0.4",),
+    )
+    for number, words in enumerate(asked):
+        order = site.signed(site.config(*words), run=f"refused-{number}")
+        assert status(served, order) == "policy"
+
+
+def test_arrays_that_do_not_fit_cost_nothing(site: Place, served: Declaration, job: Job) -> None:
+    before = site.rounds_booked()
+    key = next(key for key in job.parts if key.role in job.train)
+    wrong = [
+        {k: v for k, v in job.parts.items() if k != key},
+        {**job.parts, key: job.parts[key][:, :1].contiguous()},
+        {**job.parts, key: torch.full_like(job.parts[key], torch.nan)},
+        {**job.parts, key: torch.full_like(job.parts[key], 1e30)},
+        {**job.parts, replace_site(key): job.parts[key]},
+    ]
+    for number, parts in enumerate(wrong):
+        answer = ask(served, site.signed(), replace(job, nonce=f"w{number}", parts=parts))
+        assert code(answer) == "bad_job", number
+    assert site.rounds_booked() == before
+
+
+def replace_site(key: object) -> object:
+    return key._replace(site="nowhere")  # type: ignore[attr-defined]
+
+
+def test_more_than_the_operator_takes_is_refused_before_it_is_received(
+    site: Place, served: Declaration, job: Job
+) -> None:
+    _, header = encode_job(job)
+    huge = wire.Record(dict(header), {"a/b": np.zeros(300_000, np.float32)}, site.signed())
+    sent = []
+
+    def counted() -> Iterator[Piece]:
+        for piece in wire.pieces(huge):
+            sent.append(len(piece.data))
+            yield piece
+            time.sleep(0.3)  # gRPC reads ahead
+
+    with stub_of(served) as stub:
+        (first, *_) = stub.Train(counted(), timeout=30)
+    assert first.header.fields["code"].text == "bad_job"
+    assert sum(sent) < 1_200_000
+
+
+def test_jobs_that_are_none_are_answered_and_nothing_is_booked(
+    site: Place, served: Declaration, job: Job
+) -> None:
+    arrays, header = encode_job(job)
+    before = site.rounds_booked()
+    for fields in ({}, {**header, "round": "one"}, {**header, "codec": "none"}, {"train": "b"}):
+        assert code(send(served, wire.Record(dict(fields), arrays, site.signed()))) == "bad_job"
+    assert site.rounds_booked() == before
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [],
+        [Piece(data=b"x")],
+        [Piece()],
+        [Piece(header=wire.Header()), Piece(header=wire.Header())],
+        [Piece(header=wire.Header(arrays=[wire.ArraySpec(name="a", shape=[2**40, 2**40])]))],
+        [Piece(header=wire.Header(arrays=[wire.ArraySpec(name="a", shape=[0, 2**63])]))],
+        [Piece(header=wire.Header(arrays=[wire.ArraySpec(name="a", shape=[1])] * 2))],
+    ],
+    ids=["nothing", "data", "empty", "two headers", "huge", "huge and empty", "twice"],
+)
+def test_pieces_that_make_no_job_are_answered(served: Declaration, pieces: list[Piece]) -> None:
+    with stub_of(served) as stub:
+        (answer,) = stub.Train(iter(pieces), timeout=30)
+    assert answer.header.fields["code"].text in ("bad_job", "unsigned")
+
+
+def test_one_trains_one_waits_and_a_third_is_told_so(
+    site: Place, served: Declaration, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, answers = threading.Event(), threading.Event(), dict[str, object]()
+
+    def waiting(self: Site, sent: object) -> list[Abstention]:
+        begun.set()
+        assert go_on.wait(30)
+        return [Abstention("client-000", "budget")]
+
+    monkeypatch.setattr(Site, "train_many", waiting)
+
+    def bring(nonce: str) -> None:
+        answers[nonce] = ask(served, site.signed(), replace(job, nonce=nonce))
+
+    threads = [threading.Thread(target=bring, args=(name,)) for name in ("one", "two")]
+    threads[0].start()
+    assert begun.wait(30)
+    threads[1].start()
+    time.sleep(0.5)
+    assert code(ask(served, site.signed(), replace(job, nonce="three"))) == "busy"
+    assert isinstance(status(served, site.signed()), SiteStatus)  # does not wait behind them
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert [code(answers[name]) for name in ("one", "two")] == ["budget"] * 2  # type: ignore[arg-type]
+
+
+def test_who_has_gone_before_the_turn_is_not_trained_for(
+    site: Place, served: Declaration, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, trained = threading.Event(), threading.Event(), []
+
+    def waiting(self: Site, sent: list[Job]) -> list[Abstention]:
+        trained.append(sent[0].nonce)
+        begun.set()
+        assert go_on.wait(30)
+        return [Abstention("client-000", "budget")]
+
+    monkeypatch.setattr(Site, "train_many", waiting)
+    first = threading.Thread(target=lambda: ask(served, site.signed(), replace(job, nonce="first")))
+    first.start()
+    assert begun.wait(30)
+    with pytest.raises(grpc.RpcError) as gone:
+        ask(served, site.signed(), replace(job, nonce="gone"), timeout=0.5)
+    assert gone.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+    time.sleep(0.3)
+    go_on.set()
+    first.join(30)
+    time.sleep(0.3)
+    assert trained == ["first"]
+
+
+def test_a_sender_who_stalls_is_let_go(
+    site: Place, served: Declaration, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "ARRIVAL_S", 0.5)
+    arrays, header = encode_job(job)
+    whole = list(wire.pieces(wire.Record(dict(header), arrays, site.signed())))
+    released = threading.Event()
+
+    def stalled() -> Iterator[Piece]:
+        yield whole[0]
+        released.wait(30)
+
+    with stub_of(served) as stub, pytest.raises(grpc.RpcError) as cancelled:
+        list(stub.Train(stalled(), timeout=20))
+    released.set()
+    assert cancelled.value.code() is grpc.StatusCode.CANCELLED  # type: ignore[attr-defined]
+    monkeypatch.undo()
+    assert isinstance(status(served, site.signed()), SiteStatus)
+
+
+def test_the_health_service_says_that_it_serves(served: Declaration) -> None:
+    with grpc.insecure_channel(f"unix:{served.agent.socket}") as channel:
+        asked = health_pb2.HealthCheckRequest(service="fedlr.agent.v1.Agent")
+        answer = health_pb2_grpc.HealthStub(channel).Check(asked, timeout=10)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_only_user_and_group_reach_the_socket(served: Declaration) -> None:
+    socket = served.agent.socket
+    assert stat.S_IMODE(socket.stat().st_mode) == 0o660
+    assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o750
+
+
+def test_a_second_agent_is_refused(site: Place, served: Declaration) -> None:
+    with pytest.raises(RunError, match="another agent serves"), agent(site):
+        pass
+    assert isinstance(status(served, site.signed()), SiteStatus)
+
+
+def test_a_folder_that_others_can_write_is_no_place_for_a_socket(tmp_path: Path) -> None:
+    site = place(tmp_path)
+    door = tmp_path / "door"
+    door.mkdir()
+    door.chmod(0o777)
+    with pytest.raises(RunError, match="chmod 750"), agent(site):
+        pass
+    assert not (door / "agent.sock").exists()
+
+
+def test_an_agent_makes_no_ledger(tmp_path: Path) -> None:
+    site = place(tmp_path)
+    site.ledger.unlink()
+    with pytest.raises(LedgerError, match="fedlr ledger new"), agent(site):
+        pass
+    assert not site.ledger.exists()
+
+
+def test_a_run_waits_for_its_operator_where_they_want_to_look_at_it(tmp_path: Path) -> None:
+    site = place(tmp_path, allow={"approve": True})
+    job, order = first_job(site), site.signed()
+    with agent(site) as served:
+        assert status(served, order) == "unapproved"
+        assert code(ask(served, order, job)) == "unapproved"
+        assert site.rounds_booked() == 0
+        OrderBook(agent_module.orders_folder(served)).approve(RUN)
+        assert isinstance(ask(served, order, job), ClientUpdate)
+        later = site.signed(expires=site.order().expires + 60)
+        assert isinstance(status(served, later), SiteStatus)
+        other = site.signed(site.config("federation.rounds=2"))
+        assert status(served, other) == "replayed"
+
+
+def test_the_budget_of_a_run_is_the_operators(tmp_path: Path) -> None:
+    site = place(tmp_path, budget={"epsilon_per_run": 7.5})
+    job = first_job(site)
+    with agent(site) as served:
+        answers = [
+            ask(served, site.signed(), replace(job, round=number, nonce=f"n{number}"))
+            for number in range(3)
+        ]
+    codes = [answer.code if isinstance(answer, Abstention) else "" for answer in answers]
+    # Alone the first round is 7.2, all three are the 8 that the noise was calibrated for.
+    assert codes[0] == ""
+    assert codes[-1] == "run_budget"
+    assert site.rounds_booked() == codes.count("")
+
+
+def test_a_paid_update_outlives_the_agent(tmp_path: Path) -> None:
+    site = place(tmp_path)
+    job, order = first_job(site), site.signed()
+    with agent(site) as served:
+        first = ask(served, order, job)
+    with agent(site) as served:
+        again = ask(served, order, job)
+    assert isinstance(first, ClientUpdate)
+    assert isinstance(again, ClientUpdate)
+    assert all(torch.equal(value, again.parts[key]) for key, value in first.parts.items())
+    assert site.rounds_booked() == 1
