@@ -36,7 +36,8 @@ def range_problems(config: RunConfig) -> list[str]:
         (checks.at_least, "adapter.rank", (config.adapter.rank, 1)),
         (checks.positive, "adapter.alpha", (config.adapter.alpha,)),
         (checks.positive, "privacy.epsilon", (privacy.epsilon,)),
-        (checks.positive, "privacy.clip_norm", (privacy.clip_norm,)),
+        # Below, norms are lost in float32 (`fedlr.kernels.clipped_sum.naive.SMALLEST_BOUND`).
+        (checks.in_range, "privacy.clip_norm", (privacy.clip_norm, 1e-6, 1e6)),
         (checks.positive, "optimizer.learning_rate", (optimizer.learning_rate,)),
         (checks.in_range, "optimizer.momentum", (optimizer.momentum, 0.0, 0.999)),
         (checks.at_least, "optimizer.steps", (optimizer.steps, 1)),

@@ -128,7 +128,7 @@ class PrivacyConfig:
         epsilon: Target ε of every site over the whole run, > 0.
         delta: Target δ; null is min(1e-5, 1 / (10·N)) of each site's declared N.
         unit: What one unit of privacy is.
-        clip_norm: C, bound on one unit's gradient over all trained parameters.
+        clip_norm: C, bound on one unit's gradient over all trained parameters, 1e-6 to 1e6.
         head_share: Share of C² given to a trained head, in (0, 1): it is clipped to
             C·√share and the adapters to C·√(1 − share). null: one joint clip.
         accountant: ``prv`` or ``rdp``.

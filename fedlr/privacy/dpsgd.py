@@ -40,7 +40,8 @@ class ClipGroup:
 
     Attributes:
         keys: The arrays.
-        bound: C_g, largest Euclidean norm of one unit's gradient over the group.
+        bound: C_g, largest Euclidean norm of one unit's gradient over the group, ≥
+            `fedlr.kernels.clipped_sum.naive.SMALLEST_BOUND`.
     """
 
     keys: frozenset[PartKey]
@@ -71,7 +72,7 @@ class Mechanism:
         checks.non_negative("noise_multiplier", self.noise_multiplier)
         checks.at_least("expected_batch", self.expected_batch, 1)
         for group in self.groups:
-            checks.positive("bound", group.bound)
+            naive.check_bound(group.bound)
         total = sum(group.bound**2 for group in self.groups)
         if total > self.clip_norm**2 * (1 + 1e-9):
             raise ValueError(

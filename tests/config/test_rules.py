@@ -66,7 +66,7 @@ LOWEST: dict[str, int] = {
 }
 
 POSITIVE = (
-    *("model.head.label_scale", "adapter.alpha", "privacy.epsilon", "privacy.clip_norm"),
+    *("model.head.label_scale", "adapter.alpha", "privacy.epsilon"),
     *("optimizer.learning_rate", "model.head.feature_scale", "partition.alpha"),
     *("method.update_norm_bound", "optimizer.head_learning_rate", "combine.bound"),
     *("federation.start_timeout_s", "federation.round_timeout_s"),
@@ -79,6 +79,7 @@ WITHIN: dict[str, tuple[float, float]] = {
     "data.validation_fraction": (0.01, 0.9),
     "privacy.delta": (1e-15, 0.5),
     "privacy.head_share": (0.001, 0.999),
+    "privacy.clip_norm": (1e-6, 1e6),
     "method.pruning": (0.01, 0.99),
     "combine.consensus": (0.0, 1.0),
 }

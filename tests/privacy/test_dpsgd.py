@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 from torch import Tensor
 
+from fedlr.kernels.clipped_sum.naive import SMALLEST_BOUND
 from fedlr.methods.method import PartKey, Role
 from fedlr.privacy.dpsgd import (
     ClipGroup,
@@ -75,6 +76,8 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"expected_batch": 0}, "expected_batch"),
     ({"expected_batch": 1.5}, "expected_batch"),
     ({"groups": (ClipGroup(frozenset({B}), 0.0),)}, "bound"),
+    ({"groups": (ClipGroup(frozenset({B}), 0.9e-8),)}, "bound"),
+    ({"clip_norm": 1e-29, "groups": (ClipGroup(frozenset({B}), 1e-29),)}, "bound"),
     ({"groups": (ClipGroup(frozenset({B}), 1.01),)}, "clip_norm"),
     ({"groups": (ClipGroup(frozenset({B}), 0.8), ClipGroup(frozenset({C}), 0.8))}, "add up"),
     ({"groups": (ClipGroup(frozenset({B}), 0.6), ClipGroup(frozenset({B}), 0.6))}, "two clip"),
@@ -92,6 +95,17 @@ def test_a_mechanism_without_a_bound_is_refused(change: dict[str, object], name:
     Mechanism(**values)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=name):
         Mechanism(**(values | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [10.0**-power for power in range(0, 45, 3)])
+@pytest.mark.parametrize("clip_norm", [SMALLEST_BOUND, 1e-6, 1.0])
+def test_gradients_whose_squares_vanish_are_clipped_all_the_same(
+    clip_norm: float, size: float
+) -> None:
+    # A server may send an A so small that gradients lie below what float32 can square.
+    gradients = {B: torch.full((1, 100_000), size)}
+    released = float(total(mechanism([B], clip_norm=clip_norm), gradients)[B].double().norm())
+    assert released <= clip_norm * (1 + 1e-5)
 
 
 def test_the_clip_is_over_all_arrays_of_a_unit() -> None:

@@ -13,6 +13,11 @@ from torch import Tensor
 
 from fedlr import checks
 
+SMALLEST_BOUND = 1e-8
+"""Least clip norm. Squares of entries below 2.6e-23 vanish in float32: a norm of up to √d·2.6e-23
+is taken for zero, and its unit is not clipped. With d ≤ 10⁹ entries that is 1e-18, which is 1e-10
+of this bound; with a bound as small as those norms the clip would be none."""
+
 
 def unit_gradients(delta: Tensor, z: Tensor, unit_index: Tensor, units: int) -> Tensor:
     """Return the gradient of B of every unit: G_u = Σ_{rows i of u} δ_iᵀ z_i.
@@ -70,20 +75,32 @@ def clip_factors(squared: Tensor, bound: float) -> Tensor:
 
     Args:
         squared: ‖G_u‖², shape (U,), float32, ≥ 0; summed over all clipped arrays.
-        bound: Clip norm, > 0.
+        bound: Clip norm, ≥ `SMALLEST_BOUND`.
 
     Guarantees:
         factor·‖G‖ ≤ bound up to float32 rounding; a zero gradient keeps factor 1;
         a unit whose norm is NaN or infinite gets factor 0, so that it cannot
         poison the sum (its sensitivity is then 0 ≤ bound).
 
+    Raises:
+        ValueError: A smaller bound, or NaN.
+
     Example:
         >>> clip_factors(torch.tensor([0.0, 4.0, float("nan")]), 1.0).tolist()
         [1.0, 0.5, 0.0]
     """
-    checks.positive("bound", bound)
+    check_bound(bound)
     factors = (bound / squared.sqrt().clamp_min(1e-30)).clamp_max(1.0)
     return torch.where(torch.isfinite(squared), factors, torch.zeros_like(factors))
+
+
+def check_bound(bound: float) -> float:
+    """Return a clip norm; ValueError below `SMALLEST_BOUND`."""
+    if checks.finite("bound", bound) < SMALLEST_BOUND:
+        raise ValueError(
+            f"bound = {bound} must be ≥ {SMALLEST_BOUND}: smaller norms are lost in float32"
+        )
+    return bound
 
 
 def clipped_sum(gradients: Tensor, factors: Tensor) -> Tensor:
