@@ -12,33 +12,32 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import grpc
 from filelock import FileLock, Timeout
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from client import wire
 from client.agent_pb2 import Piece, StatusReply, StatusRequest
 from client.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server
 from client.declaration import AgentSettings, Declaration
-from client.orderbook import OrderBook
+from client.orderbook import OrderBook, orders_folder
 from client.resident import Resident
-from client.site import Site
+from fedlr.config import from_json
 from fedlr.errors import BadUpdate, FedlrError, OrderRefused, RunError
 from fedlr.methods.method import ClientUpdate
+from fedlr.report.units import printable
 from fedlr.signing import RunOrder, verify
 from fedlr.training import jobs
-from fedlr.training.jobs import Abstention, SiteStatus
+from fedlr.training.jobs import Abstention
 
 WORKERS = 8
-"""Threads that answer: jobs wait in them, health and status must not wait behind."""
+"""Threads that answer: one job trains, another waits, and there are some for status and health."""
 
 PLACES = 2
 """Jobs that are held: one in training, one that waits for its turn."""
@@ -49,13 +48,14 @@ ARRIVAL_S = 120.0
 POLL_S = 0.1
 """Seconds between two looks at whether who asked still waits."""
 
-GRACE_S = 600.0
-"""Seconds that a job in training has to end after SIGTERM: it is paid for already."""
+REPLY_S = 10.0
+"""Seconds that answers have to leave once the last job has ended and the agent is to stop."""
 
 FOLDER_MODE, SOCKET_UMASK = 0o750, 0o117
 """Of the socket's folder; of the process while it binds, so that the socket is born 0660."""
 
-_SERVICE = "fedlr.agent.v1.Agent"
+_LONGEST_WORD = 500
+_MOST_KNOWN = 64
 _OPTIONS = (
     ("grpc.max_receive_message_length", wire.MESSAGE_BYTES),
     ("grpc.max_send_message_length", wire.MESSAGE_BYTES),
@@ -74,8 +74,8 @@ class Agent(AgentServicer):
     Guarantees:
         One job trains at a time and one may wait; a third is answered ``busy`` before its
         arrays are received. A job whose sender has gone, or whose deadline has passed, is not
-        begun; one that has begun is finished and kept, since it is paid for. No exception text
-        leaves: a call ends with an answer, or is aborted with a fixed word.
+        begun, nor is any after `stop`; one that has begun is finished and kept, since it is paid
+        for. A call ends with an answer, and an answer holds no text but codes.
 
     Args:
         declaration: What the operator declares.
@@ -88,31 +88,52 @@ class Agent(AgentServicer):
         self._resident = resident
         self._orders = orders
         self._places = threading.BoundedSemaphore(PLACES)
+        self._asking = threading.Lock()
         self._turn = threading.Lock()
-        self._known: tuple[str, SiteStatus] | None = None
+        self._stopping = threading.Event()
+        self._known: dict[str, jobs.Header] = {}
 
     def Train(  # noqa: N802 - the name of the call
         self, stream: Iterator[Piece], context: grpc.ServicerContext
     ) -> Iterator[Piece]:
         """Answer one job; see ``agent.proto``."""
-        answer = self._guarded(lambda: self._train(stream, context))
-        fields, arrays = self._encoded(answer)
-        yield from wire.pieces(wire.Record(fields, arrays))
+        try:
+            record = self._record(self._train(stream, context))
+        except Exception as error:
+            record = self._record(self._abstain(self._code(error)))
+        yield from wire.pieces(record)
 
     def Status(  # noqa: N802 - the name of the call
         self, request: StatusRequest, context: grpc.ServicerContext
     ) -> StatusReply:
         """Say what the site is under a run's order; see ``agent.proto``."""
         try:
-            order = self._admitted(request.order)
-            known = self._known
-            if known is None or known[0] != order.digest:
-                with self._my_turn(context):
-                    known = (order.digest, self._site(order).status())
-            header: jobs.Header = jobs.encode_status(known[1])
+            header = self._status(request.order, context)
         except Exception as error:
             header = {"code": self._code(error)}
         return StatusReply(fields=wire.values_of(header))
+
+    def stop(self) -> None:
+        """Begin no more jobs, and return once the one in training has ended and is kept."""
+        self._stopping.set()
+        with self._turn:
+            pass
+
+    def _status(self, text: str, context: grpc.ServicerContext) -> jobs.Header:
+        order = self._admitted(text)
+        if (known := self._known.get(order.digest)) is not None:
+            return known  # also while another job trains
+        if not self._asking.acquire(blocking=False):  # or questions would take every thread
+            return {"code": "busy"}
+        try:
+            with self._my_turn(context):
+                found = jobs.encode_status(self._resident.status_of(order))
+        finally:
+            self._asking.release()
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        self._known[order.digest] = found
+        return found
 
     def _train(self, stream: Iterator[Piece], context: grpc.ServicerContext) -> Answer:
         with _arriving(context):
@@ -127,7 +148,7 @@ class Agent(AgentServicer):
             if job.run != order.run:
                 raise BadUpdate("names", f"the job is of run {job.run!r}, not of {order.run!r}")
             with self._my_turn(context):
-                (answer,) = self._site(order).train_many([job])
+                (answer,) = self._resident.site_of(order).train_many([job])
             return answer
         finally:
             self._places.release()
@@ -135,13 +156,12 @@ class Agent(AgentServicer):
     def _admitted(self, text: str) -> RunOrder:
         """Return the order in ``text``; OrderRefused where it may not be followed."""
         order = verify(text, self._declaration.coordinators)
+        try:
+            from_json(order.config)
+        except FedlrError as error:
+            raise OrderRefused("policy", f"{order.run} has no configuration: {error}") from error
         self._orders.admit(order, self._declaration.approve)
         return order
-
-    def _site(self, order: RunOrder) -> Site:
-        site = self._resident.site_of(order)
-        self._known = (order.digest, site.status())
-        return site
 
     @contextmanager
     def _my_turn(self, context: grpc.ServicerContext) -> Iterator[None]:
@@ -150,31 +170,25 @@ class Agent(AgentServicer):
             if not context.is_active():
                 raise _Gone
         try:
-            if not context.is_active():
+            if self._stopping.is_set() or not context.is_active():
                 raise _Gone
             yield
         finally:
             self._turn.release()
 
-    def _guarded(self, work: Callable[[], Answer]) -> Answer:
-        try:
-            return work()
-        except Exception as error:
-            return self._abstain(self._code(error))
-
     def _code(self, error: Exception) -> str:
         """Tell the operator what happened, and return what the server is told."""
+        told = printable(str(error))[:_LONGEST_WORD]  # a stranger's words may be in it
         if isinstance(error, OrderRefused):
-            _log.error("refused, %s: %s", error.code, error)
+            _log.error("refused, %s: %s", error.code, told)
             return error.code
         if isinstance(error, wire.WireError | BadUpdate):
-            _log.error("refused, bad_job: %s", error)
+            _log.error("refused, bad_job: %s", told)
             return "bad_job"
         if isinstance(error, _Gone):
-            _log.warning("who asked has gone before the job began; nothing was booked")
-            return "failed"
-        if isinstance(error, FedlrError):
-            _log.error("failed: %s", error)
+            _log.warning("a job was not begun: who asked has gone, or the agent stops")
+        elif isinstance(error, FedlrError | grpc.RpcError):
+            _log.error("failed: %s", told)
         else:
             _log.exception("failed")
         return "failed"
@@ -182,17 +196,29 @@ class Agent(AgentServicer):
     def _abstain(self, code: str) -> Abstention:
         return Abstention(self._declaration.client, code)
 
-    def _encoded(self, answer: Answer) -> tuple[wire.Fields, wire.Arrays]:
-        """Return the record of an answer; a code where it would be too large."""
+    def _record(self, answer: Answer) -> wire.Record:
+        """Return the record of an answer; ValueError where the operator set a smaller limit."""
         arrays, header = jobs.encode_outcome(answer)
-        if sum(array.nbytes for array in arrays.values()) > self._declaration.agent.job_bytes:
-            _log.error("the update is larger than agent.job_megabytes; raise it")
-            arrays, header = jobs.encode_outcome(self._abstain("failed"))
-        return dict(header), arrays
+        size, limit = sum(array.nbytes for array in arrays.values()), self._declaration.agent
+        if size > limit.job_bytes:
+            raise ValueError(
+                f"the update has {size} bytes, agent.job_megabytes = {limit.job_megabytes} is less"
+            )
+        return wire.Record(dict(header), arrays)
 
 
 class _Gone(Exception):
-    """Who asked no longer waits."""
+    """Who asked no longer waits, or the agent stops."""
+
+
+class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """Says that the agent serves, which it does from before it is bound; watches nothing."""
+
+    def Check(  # noqa: N802 - the name of the call
+        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        """Answer the standard question."""
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
 
 @contextmanager
@@ -207,78 +233,73 @@ def _arriving(context: grpc.ServicerContext) -> Iterator[None]:
         timer.cancel()
 
 
-def serve(declaration: Declaration, say: Callable[[str], None], stop: threading.Event) -> None:
-    """Serve a site until ``stop`` is set; a job in training then has `GRACE_S` to end.
+def serve(declaration: Declaration, say: Callable[[str], None], wait: Callable[[], object]) -> None:
+    """Serve a site until ``wait`` returns, and then until the job in training has ended.
 
     Args:
         declaration: What its operator declares.
         say: Told what is being done, on the operator's console alone.
-        stop: Set by a signal, or by a test.
+        wait: Returns when the agent is to stop: after a signal, or in a test.
 
     Raises:
-        FedlrError: Ledger, data or model are not as declared, the socket's folder is not this
-            user's alone, or another agent has the socket.
+        FedlrError: Ledger, data or model are not as declared, the socket's folder is not its
+            own, or another agent has the ledger.
     """
-    settings = declaration.agent
-    _check_folder(settings)
-    lock = FileLock(f"{settings.socket}.lock", thread_local=False)
+    _make_folder(declaration.agent)
+    lock = FileLock(f"{declaration.ledger}.agent", mode=0o600, thread_local=False)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise RunError(f"another agent serves {settings.socket}; stop it first") from error
+        raise RunError(
+            f"another agent serves the ledger {declaration.ledger}; stop it first"
+        ) from error
     try:
         resident = Resident(declaration, say)
         try:
-            orders = OrderBook(orders_folder(declaration))
+            orders = OrderBook(orders_folder(declaration.ledger))
             resident.load()
-            _serve(Agent(declaration, resident, orders), settings, say, stop)
+            _serve(Agent(declaration, resident, orders), declaration.agent, say, wait)
         finally:
             resident.close()
     finally:
         lock.release()
 
 
-def orders_folder(declaration: Declaration) -> Path:
-    """Return where a site keeps the orders that have come: beside its ledger."""
-    return declaration.ledger.with_suffix(".orders")
-
-
 def _serve(
-    agent: Agent, settings: AgentSettings, say: Callable[[str], None], stop: threading.Event
+    agent: Agent, settings: AgentSettings, say: Callable[[str], None], wait: Callable[[], object]
 ) -> None:
     server = grpc.server(
         ThreadPoolExecutor(WORKERS), options=_OPTIONS, maximum_concurrent_rpcs=_MOST_CALLS
     )
     add_AgentServicer_to_server(agent, server)  # type: ignore[no-untyped-call]
-    healthy = health.HealthServicer()
-    for name in ("", _SERVICE):
-        healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    health_pb2_grpc.add_HealthServicer_to_server(_Health(), server)
     _bind(server, settings)
     server.start()
     say(f"serving at {settings.socket}")
     try:
-        stop.wait()
+        wait()
     finally:
-        healthy.enter_graceful_shutdown()
         say("stopping; a job in training is finished first")
-        server.stop(GRACE_S).wait()
+        # Calls that are stopped count as ended while their job still trains: wait for the job.
+        ended = server.stop(threading.TIMEOUT_MAX)
+        agent.stop()
+        ended.wait(REPLY_S)
+        server.stop(None).wait()
         settings.socket.unlink(missing_ok=True)
 
 
 def _bind(server: grpc.Server, settings: AgentSettings) -> None:
     """Bind the socket, which nobody but this user and the group may ever have opened."""
+    name = f"agent.socket = {str(settings.socket)!r}"
     before = os.umask(SOCKET_UMASK)
     try:
         bound = server.add_insecure_port(f"unix:{settings.socket}")
     except RuntimeError as error:
-        raise RunError(
-            f"agent.socket = {str(settings.socket)!r} cannot be bound: {error}"
-        ) from error
+        raise RunError(f"{name} cannot be bound: {error}; give another place") from error
     finally:
         os.umask(before)
     if not bound:
-        raise RunError(f"agent.socket = {str(settings.socket)!r} cannot be bound")
+        raise RunError(f"{name} cannot be bound; give another place")
     if settings.group is None:
         return
     try:
@@ -291,28 +312,31 @@ def _bind(server: grpc.Server, settings: AgentSettings) -> None:
         ) from error
 
 
-def _check_folder(settings: AgentSettings) -> None:
-    """Make the socket's folder, or refuse one in which others could put another socket."""
+def _make_folder(settings: AgentSettings) -> None:
+    """Make the socket's folder, or refuse one that others can write to, or that holds more.
+
+    The group may enter it: whatever else lay there would be open to every app that runs there.
+    """
     folder = settings.socket.parent
     try:
-        folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir()
+            folder.chmod(FOLDER_MODE)  # whatever the umask is
         status = folder.stat()
+        others = sorted(path.name for path in folder.iterdir() if path != settings.socket)
     except OSError as error:
         raise RunError(
-            f"the folder of agent.socket, {folder}, cannot be made: {error.strerror or error}"
+            f"the folder of agent.socket, {folder}, cannot be made: {error.strerror or error}; "
+            "give agent.socket another place"
         ) from error
-    if status.st_uid != os.geteuid() or status.st_mode & 0o027:
+    if others:
         raise RunError(
-            f"the folder of agent.socket, {folder}, must belong to this user, and only the group "
-            f"may read it beside: chmod 750 {folder}, or give agent.socket a folder of its own"
+            f"the folder of agent.socket, {folder}, holds {others[0]} beside the socket, and agent."
+            "group may enter it; give agent.socket a folder of its own"
         )
-
-
-def stopped_by_signals(stop: threading.Event) -> None:
-    """Let SIGTERM and SIGINT set ``stop``; called from the main thread."""
-
-    def set_stop(number: int, frame: Any) -> None:
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, set_stop)
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid != os.geteuid() or mode != FOLDER_MODE:
+        raise RunError(
+            f"the folder of agent.socket, {folder}, has mode {mode:o} of user {status.st_uid}, it "
+            f"must be {FOLDER_MODE:o} of this one; chmod 750 {folder}, or take it away"
+        )

@@ -17,7 +17,8 @@ It is the policy of `fedlr.privacy.limits` with what an agent needs beside it::
     [allow]
     coordinators = ["8f0c…"]         # public keys; whoever holds one may ask
     approve = true                   # and I look at every run: fedlr site approve <run>
-    dry = false                      # runs without noise, on public data alone
+    dry = false                      # runs without noise, on public data alone; the ledger of a
+                                     # site that took part in one allows no other run after it
 
     [data]                           # the settings of conf/data
     path = "ward-7"
@@ -29,7 +30,7 @@ It is the policy of `fedlr.privacy.limits` with what an agent needs beside it::
     [kernels]                        # the settings of conf/kernels: device, threads, memory
 
     [agent]
-    socket = "agent.sock"            # beside this file; of this user, for the group below
+    socket = "door/agent.sock"       # in a folder of its own, which the group below may enter
     group = "flower"                 # of the user who runs the SuperNode
     job_megabytes = 64               # largest job and largest update
 """
@@ -84,8 +85,8 @@ class AgentSettings:
     """How the agent of a site is reached, and how much it takes.
 
     Attributes:
-        socket: Absolute path of its Unix socket. The folder is made, mode 0750, where it is
-            missing.
+        socket: Absolute path of its Unix socket, in a folder that holds nothing else; it is
+            made, mode 0750, where it is missing.
         group: Group that may connect; None is the agent's own.
         job_megabytes: Largest payload of a job, and of an update, in units of 10⁶ bytes, ≥ 1.
     """
@@ -161,6 +162,8 @@ def read_declaration(path: Path) -> Declaration:
             "allow.dry = true takes runs without noise, but data.public is not true; set it where "
             "the data are public, or take allow.dry away"
         )
+    if limits.unit == "user" and "user_column" not in sections["data"]:
+        problems.append("unit = 'user' needs data.user_column, the column that tells users apart")
     agent = _agent(sections["agent"], path, problems)
     if problems:
         raise ConfigError([f"policy {path}: {problem}" for problem in problems])
@@ -215,7 +218,11 @@ def _settings(
     for name in ("path", "cache"):
         if isinstance(data.get(name), str):
             data[name] = str(path.parent / Path(data[name]).expanduser())
-    wanted = {"data": data, "model": sections["model"], "kernels": sections["kernels"]}
+    model = dict(sections["model"])
+    if isinstance(model.get("name"), str):
+        beside = path.parent / Path(model["name"]).expanduser()
+        model["name"] = str(beside) if beside.is_dir() else model["name"]
+    wanted = {"data": data, "model": model, "kernels": sections["kernels"]}
     known_keys = {"data": ("kind", *_DATA), "model": _MODEL, "kernels": _KERNELS}
     kept = {
         name: {key: value for key, value in content.items() if key in known_keys[name]}
@@ -266,7 +273,7 @@ def _agent(values: Mapping[str, Any], path: Path, problems: list[str]) -> AgentS
     except ValueError as error:
         problems.append(str(error))
         size = 64
-    socket = path.parent / Path(str(values.get("socket", "agent.sock"))).expanduser()
+    socket = path.parent / Path(str(values.get("socket", "door/agent.sock"))).expanduser()
     if len(os.fsencode(socket)) > LONGEST_SOCKET:
         problems.append(
             f"agent.socket = {str(socket)!r} must have ≤ {LONGEST_SOCKET} bytes, which is what the "

@@ -6,6 +6,8 @@ another content is refused, so that what an operator has looked at stays what is
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,25 +35,37 @@ class Asked:
     approved: bool = False
 
 
+def orders_folder(ledger: Path) -> Path:
+    """Return where a site keeps the orders that have come: beside its ledger."""
+    return ledger.with_name(f"{ledger.name}.orders")
+
+
 class OrderBook:
-    """The runs that a site knows.
+    """The runs that a site knows; one process admits, others may look and approve.
 
     Args:
         folder: Where their files are; made, for its owner alone, where it is missing.
 
     Raises:
-        RunError: The folder cannot be made.
+        RunError: The folder cannot be made, or is not this user's alone.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._lock = threading.Lock()
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
+            status = folder.stat()
         except OSError as error:
             raise RunError(
                 f"the folder of orders {folder} cannot be made: {error.strerror or error}; let "
                 "this user write there"
             ) from error
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise RunError(
+                f"the folder of orders {folder} must belong to this user, and nobody else may "
+                f"write there: whoever can, approves runs; chmod 700 {folder}"
+            )
 
     def admit(self, order: RunOrder, approval: bool) -> None:
         """Note a run that asks, and let it pass.
@@ -65,10 +79,11 @@ class OrderBook:
                 ``unapproved``: the operator has not approved it (yet).
             RunError: Its file cannot be read or written.
         """
-        known = self._read(self._file(order.run))
-        if known is None:
-            known = Asked(order, order.digest, int(time.time()))
-            self._write(known)
+        with self._lock:
+            known = self._read(self._file(order.run))
+            if known is None:
+                known = Asked(order, order.digest, int(time.time()))
+                self._write(known)
         if known.digest != order.digest:
             raise OrderRefused(
                 "replayed",

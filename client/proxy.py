@@ -8,6 +8,7 @@ would take seconds of every round.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -80,8 +81,12 @@ def _order(context: Context) -> str:
 
 
 def _time_left(message: Message) -> float:
-    """Return the seconds that the message has to live."""
-    return min(LONGEST_S, float(message.metadata.ttl or LONGEST_S))
+    """Return the seconds for which somebody still waits for the answer; ValueError for none."""
+    metadata = message.metadata
+    left = float(metadata.created_at) + float(metadata.ttl or LONGEST_S) - time.time()
+    if left <= 0:
+        raise ValueError("nobody waits for the answer any more")
+    return min(LONGEST_S, left)
 
 
 def _fields(message: Message) -> wire.Fields:

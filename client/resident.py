@@ -16,8 +16,15 @@ import numpy as np
 from client.declaration import Declaration
 from client.policy import SitePolicy, tighten
 from client.site import Site
-from fedlr.build import build, source_spec
-from fedlr.config import FederationConfig, PartitionConfig, RunConfig, TrackingConfig, from_json
+from fedlr.build import build, device_of, provenance, source_spec
+from fedlr.config import (
+    FederationConfig,
+    MethodConfig,
+    ModelConfig,
+    RunConfig,
+    SubspaceConfig,
+    from_json,
+)
 from fedlr.data.batching import UnitIndex
 from fedlr.data.dataset import LoadedData, Rows
 from fedlr.data.sources import load
@@ -26,12 +33,20 @@ from fedlr.doctor.checkup import quick
 from fedlr.errors import ConfigError, FedlrError, LedgerError, OrderRefused
 from fedlr.methods.registry import METHODS
 from fedlr.planning import ClientPlan, OwnRows, calibrate, max_joins
+from fedlr.privacy.booking import RECOVERED
 from fedlr.privacy.ledger import SqliteLedger
 from fedlr.privacy.limits import Declared
-from fedlr.reuse import Reuse
+from fedlr.reuse import Reuse, resident_base
 from fedlr.signing import RunOrder
+from fedlr.training.jobs import SiteStatus
 
 Say = Callable[[str], None]
+
+SHORTEST = 3
+"""Least ``model.max_length``: a text, and the tokens around it."""
+
+_OF_THE_ROWS = ("data", "tokens", "training states", "validation states")
+"""What is made anew for every run: rows that were deleted must not be trained on."""
 
 
 class Resident:
@@ -60,13 +75,43 @@ class Resident:
         self.ledger = SqliteLedger(path, source)
 
     def load(self) -> None:
-        """Load the base model and the rows now, so that the first run does not wait for them.
+        """Read the rows and load the base model, so that what is wrong shows before any run.
 
         Raises:
-            FedlrError: They cannot be loaded, or do not fit the declaration.
+            FedlrError: They cannot be read or loaded.
         """
-        data = self._read(source_spec_of(self.declaration, RunConfig()))
-        self._say(f"{len(data.train)} rows are readable")
+        # How long rows may be is a run's matter, and the model is held to it there.
+        asked = RunConfig(model=ModelConfig(max_length=SHORTEST))
+        plain = local_config(asked, self.declaration)
+        rows = len(load(source_spec_of(plain)).train)
+        self._say(f"{rows} rows are readable")
+        resident_base(plain, device_of(plain), self._reuse, self._say)
+
+    def status_of(self, order: RunOrder) -> SiteStatus:
+        """Return what the site is in the run of ``order``, from declared numbers alone.
+
+        No row is touched: how long an answer takes must not tell of them.
+
+        Raises:
+            OrderRefused: As `site_of`.
+        """
+        try:
+            config = self._allowed(order)
+            client = self._client(config)
+            base = resident_base(config, device_of(config), self._reuse, self._say)
+            labels = self.declaration.limits.labels or ()
+            digests = provenance(config, base, labels)
+            policy = tighten(_policy(config, client), self.declaration.limits)
+        except FedlrError as error:
+            raise _refusal(order, error) from error
+        return SiteStatus(
+            client=policy.client,
+            declared_size=policy.declared_size,
+            noise_multiplier=policy.noise_multiplier,
+            delta=policy.delta if policy.mode == "dp" else 0.0,
+            provenance=digests,
+            rank=policy.max_rank,
+        )
 
     def site_of(self, order: RunOrder) -> Site:
         """Return the site as it takes part in the run of ``order``, built where it is another run.
@@ -79,8 +124,12 @@ class Resident:
                 cannot carry it out. The message is for the operator.
         """
         if self._site is None or self._site[0] != order.digest:
-            self._site = None  # and with it what the last run alone needed
-            self._site = (order.digest, self._built(order))
+            try:
+                config = self._allowed(order)  # before the running one is let go
+                self._site = None
+                self._site = (order.digest, self._built(config))
+            except FedlrError as error:
+                raise _refusal(order, error) from error
         return self._site[1]
 
     def close(self) -> None:
@@ -89,25 +138,29 @@ class Resident:
         with suppress(LedgerError):
             self.ledger.close()
 
-    def _built(self, order: RunOrder) -> Site:
-        try:
-            config = local_config(from_json(order.config), self.declaration)
-            self._hold(config)
-            plan = self._plan(config)
-            own = OwnRows(source_spec_of(self.declaration, config), plan)
-            workbench = build(config, self._say, evaluate=False, reuse=self._reuse, own=own)
-            quick(workbench)
-        except FedlrError as error:
-            raise OrderRefused("policy", f"the run {order.run} is not taken: {error}") from error
-        (client,) = workbench.clients
-        self._observe(workbench.data, client)
-        return Site(
-            policy=tighten(_policy(config, client), self.declaration.limits),
-            units=client.units,
-            trainer=workbench.trainer,
-            ledger=self.ledger,
-            provenance=workbench.provenance,
-        )
+    def _allowed(self, order: RunOrder) -> RunConfig:
+        """Return the configuration of a run here; ConfigError where it is not allowed."""
+        if order.run == RECOVERED:
+            raise ConfigError([f"the name {RECOVERED} is the ledger's own; give another"])
+        config = local_config(from_json(order.config), self.declaration)
+        self._hold(config)
+        return config
+
+    def _built(self, config: RunConfig) -> Site:
+        self._reuse.forget(*_OF_THE_ROWS)
+        client = self._client(config)
+
+        def plan(data: LoadedData) -> ClientPlan:
+            units = UnitIndex.of(data.train.users, _all_rows(data), config.privacy.unit)
+            return replace(client, units=units)
+
+        own = OwnRows(source_spec_of(config), plan)
+        bench = build(config, self._say, evaluate=False, reuse=self._reuse, own=own)
+        quick(bench)
+        self._observe(bench.data)
+        (site,) = bench.clients
+        policy = tighten(_policy(config, site), self.declaration.limits)
+        return Site(policy, site.units, bench.trainer, self.ledger, bench.provenance)
 
     def _hold(self, config: RunConfig) -> None:
         """Raise ConfigError unless the declaration allows such a run."""
@@ -125,71 +178,62 @@ class Resident:
             labels=limits.labels,
             columns=None if mixes else config.adapter.rank,
         )
-        if problems := limits.conflicts(run):
+        problems = limits.conflicts(run)
+        if config.model.random_weights:
+            problems.append("model.random_weights = true would train on no model; set it to false")
+        if problems:
             raise ConfigError(problems)
 
-    def _plan(self, config: RunConfig) -> Callable[[LoadedData], ClientPlan]:
-        """Return the site as a client of the run; its noise follows from declared numbers alone."""
+    def _client(self, config: RunConfig) -> ClientPlan:
+        """Return the site as a client of the run, without rows; all of it is declared."""
         declaration = self.declaration
         size, delta = int(declaration.limits.declared_size or 0), delta_of(config, declaration)
         sigma = 0.0
         if config.privacy.mode == "dp":
-            self._say("calibrating the noise")
             rate = min(1.0, config.optimizer.expected_batch / max(1, size))
             steps, privacy = config.optimizer.steps * max_joins(config), config.privacy
             sigma = calibrate(privacy.epsilon, delta, rate, steps, privacy.accountant)
+        none = UnitIndex.of(None, np.array([], dtype=np.int64), "example")
+        return ClientPlan(declaration.client, none, size, delta, sigma)
 
-        def plan(data: LoadedData) -> ClientPlan:
-            units = UnitIndex.of(data.train.users, _all_rows(data), config.privacy.unit)
-            return ClientPlan(declaration.client, units, size, delta, sigma)
-
-        return plan
-
-    def _read(self, spec: SourceSpec) -> LoadedData:
-        return self._reuse.get("data", spec, lambda: load(spec))
-
-    def _observe(self, data: LoadedData, client: ClientPlan) -> None:
+    def _observe(self, data: LoadedData) -> None:
         """Note what the rows are now; changed data continue the same ledger."""
         if self.ledger.observe(data.rows_sha256(_all_rows(data))):
             self._say(
-                f"the rows of {client.name} have changed since the last run; its ledger goes on, "
-                "and rows that stayed keep their history"
+                "the rows have changed since the last run; the ledger goes on, and rows that "
+                "stayed keep their history"
             )
 
 
 def local_config(asked: RunConfig, declaration: Declaration) -> RunConfig:
-    """Return the configuration of a run at one site: what is asked, on the site's own things.
+    """Return the configuration of a run at one site: what a run may ask, and nothing else of it.
 
     Args:
-        asked: The coordinator's configuration.
+        asked: The coordinator's configuration. Seed, shape of model, head and adapter, method,
+            refresh, privacy, optimiser and number of rounds are taken from it.
         declaration: The operator's: rows, place of the base model, device and memory.
     """
     own = declaration.model
-    return replace(
-        asked,
+    return RunConfig(
+        seed=asked.seed,
         model=replace(asked.model, name=own.name, revision=own.revision, sha256=own.sha256),
         data=replace(declaration.data, label_names=declaration.limits.labels),
-        partition=PartitionConfig(),
-        # A comes from the server.
-        subspace=replace(asked.subspace, kind="orthonormal", public=None),
         adapter=replace(asked.adapter, rank_by_client=None),
-        privacy=replace(asked.privacy, policies=None),
-        federation=FederationConfig(
-            clients=1,
-            clients_per_round=1,
-            rounds=asked.federation.rounds,
-            min_clients=1,
-            evaluate_every=asked.federation.rounds,
+        method=MethodConfig(name=asked.method.name),
+        # A comes from the server.
+        subspace=SubspaceConfig(
+            refresh=asked.subspace.refresh, refresh_every=asked.subspace.refresh_every
         ),
+        privacy=replace(asked.privacy, policies=None),
+        optimizer=asked.optimizer,
+        federation=FederationConfig(clients=1, clients_per_round=1, rounds=asked.federation.rounds),
         kernels=declaration.kernels,
-        tracking=TrackingConfig(),
     )
 
 
-def source_spec_of(declaration: Declaration, config: RunConfig) -> SourceSpec:
-    """Return where the rows of a site are: every one of them is trained on."""
-    data = replace(declaration.data, label_names=declaration.limits.labels)
-    return replace(source_spec(replace(config, data=data)), seed=0, whole=True)
+def source_spec_of(config: RunConfig) -> SourceSpec:
+    """Return where the rows of a site are: every one of its training split is trained on."""
+    return replace(source_spec(config), seed=0, whole=True)
 
 
 def delta_of(config: RunConfig, declaration: Declaration) -> float:
@@ -205,6 +249,10 @@ def delta_of(config: RunConfig, declaration: Declaration) -> float:
             [f"privacy.delta = {delta:g} must be < 1/N = {1 / size:.3g}; lower it, or set it null"]
         )
     return delta
+
+
+def _refusal(order: RunOrder, error: FedlrError) -> OrderRefused:
+    return OrderRefused("policy", f"the run {order.run} is not taken: {error}")
 
 
 def _policy(config: RunConfig, client: ClientPlan) -> SitePolicy:

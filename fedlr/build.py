@@ -128,7 +128,7 @@ def build(
     check_names(config)
     if config.kernels.threads is not None:
         torch.set_num_threads(config.kernels.threads)
-    device, spec = _device(config), source_spec(config) if own is None else own.spec
+    device, spec = device_of(config), source_spec(config) if own is None else own.spec
     store = None if config.data.cache is None else Store.open(config.data.cache, say)
     check_present(spec)
     base = resident_base(config, device, reuse, say)
@@ -205,7 +205,7 @@ def kernel_call(config: RunConfig) -> Call:
     """Return what the choice of a kernel depends on."""
     dtype = torch.bfloat16 if config.model.precision == "bfloat16" else torch.float32
     nf4, cored = config.model.precision == "nf4", trains_cores(config)
-    return Call(_device(config), dtype, config.adapter.rank, quantised=nf4, cored=cored)
+    return Call(device_of(config), dtype, config.adapter.rank, quantised=nf4, cored=cored)
 
 
 def _sum_kernel(config: RunConfig, own_shapes: int | None) -> ClippedSum | None:
@@ -312,7 +312,7 @@ def local_settings(config: RunConfig) -> LocalSettings:
     """Return the public settings of local training."""
     optimizer, kernels = config.optimizer, config.kernels
     tokens = kernels.tokens_per_batch
-    if tokens is None and _device(config).type == "cpu":
+    if tokens is None and device_of(config).type == "cpu":
         tokens = CPU_TOKENS
     needs_own_shapes = config.model.precision == "bfloat16" and config.privacy.mode != "none"
     own_shapes = config.model.max_length if needs_own_shapes else None
@@ -358,7 +358,8 @@ def provenance(config: RunConfig, base: BaseModel, label_names: tuple[str, ...])
     return Provenance(base.base_sha256, base.tokenizer_sha256, labels, SCHEMA)
 
 
-def _device(config: RunConfig) -> torch.device:
+def device_of(config: RunConfig) -> torch.device:
+    """Return the device that ``kernels.device`` means on this machine."""
     choice = config.kernels.device
     if choice == "auto":
         choice = "cuda" if torch.cuda.is_available() else "cpu"

@@ -64,6 +64,11 @@ class Reuse:
         kept.move_to_end(key)
         return cast(T, kept[key])
 
+    def forget(self, *kinds: str) -> None:
+        """Let go of everything of some kinds: what a file may have changed in the meantime."""
+        for kind in kinds:
+            self._kept.pop(kind, None)
+
     def base(self, key: Hashable, make: Callable[[], BaseModel]) -> BaseModel:
         """Return a base model whose layers are the caller's own and whose weights are shared.
 

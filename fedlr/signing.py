@@ -41,6 +41,7 @@ LONGEST_S = 90 * 86_400
 _DOMAIN = b"fedlr.order.1\0"
 """Before what is signed, so that no signature of another protocol fits."""
 
+_LAST = 253_402_300_799 - LONGEST_S
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _KEY = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE = re.compile(r"[0-9a-f]{128}")
@@ -70,6 +71,8 @@ class RunOrder:
         if not _NAME.fullmatch(self.run):
             raise ValueError(f"run = {self.run!r} must match {_NAME.pattern}")
         checks.at_least("issued", self.issued, 0)
+        if self.issued > _LAST:
+            raise ValueError(f"issued = {self.issued} must be ≤ {_LAST}, the year 9999")
         checks.at_least("expires", self.expires, self.issued + 1)
         if self.expires - self.issued > LONGEST_S:
             raise ValueError(
@@ -155,7 +158,7 @@ def read_key(path: Path) -> Ed25519PrivateKey:
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError([f"the key {path} is no private key in PEM: {error}"]) from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError([f"the key {path} is no Ed25519 key; make one with fedlr server init"])
+        raise ConfigError([f"the key {path} is no Ed25519 key; give the key of a coordinator"])
     return key
 
 

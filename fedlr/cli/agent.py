@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-import threading
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedlr.cli.arguments import Parser
 from fedlr.report.live import say
+
+_STOPS = (signal.SIGTERM, signal.SIGINT)
 
 _ABOUT = """\
 Serve one real site until SIGTERM or Ctrl-C.
@@ -32,11 +34,14 @@ def run(words: Sequence[str]) -> int:
     parsed = parser.parse(words)
     if parsed is None:
         return 0
-    from client.agent import serve, stopped_by_signals
+    # Before any thread starts: threads inherit it, and the signals wait for the main one.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    from client.agent import serve
     from client.declaration import read_declaration
 
     logging.basicConfig(format="fedlr: %(levelname)s: %(message)s", level=logging.WARNING)
-    stop = threading.Event()
-    stopped_by_signals(stop)
-    serve(read_declaration(parsed.policy), say, stop)
+    try:
+        serve(read_declaration(parsed.policy), say, lambda: signal.sigwait(_STOPS))
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     return 0

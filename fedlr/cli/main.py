@@ -22,6 +22,7 @@ VERBS = {
     "export": ("fedlr.cli.export", "write the model of a run as others load it"),
     "audit": ("fedlr.cli.audit", "attack a site's private training; bound its ε from below"),
     "agent": ("fedlr.cli.agent", "serve one real site: its data, ledger, policy and model"),
+    "site": ("fedlr.cli.site", "look at the runs that asked at a real site, and approve them"),
     "ledger": ("fedlr.cli.ledger", "show, verify, export or mend a data source's ledger"),
     "predict": ("fedlr.cli.predict", "classify texts with the model of a run"),
     "doctor": ("fedlr.cli.doctor", "check that privacy holds on this machine, model and device"),
@@ -39,6 +40,7 @@ usage: fedlr simulate [overrides]
        fedlr report <run folder or sweep> [--output <folder>] [--markdown]
        fedlr export <run folder> [--merge] [--output <folder>]
        fedlr agent <policy.toml>
+       fedlr site <action> <policy.toml> [<run>]
        fedlr ledger <action> <file>
        fedlr predict <run folder> "text" … [--json]
 

@@ -41,7 +41,7 @@ def load(spec: SourceSpec) -> LoadedData:
 
     Returns:
         Train and validation rows. A validation file needs no user column and
-        its natural ids are not read. With ``whole`` all rows are train.
+        its natural ids are not read. With ``whole``, the training split is all there is.
 
     Raises:
         ConfigError: ``path`` is not set.

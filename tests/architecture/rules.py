@@ -64,7 +64,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "client": (
         *(*WORK, "fedlr.config", "fedlr.planning", "fedlr.build", "fedlr.orders"),
         *("fedlr.reuse", "fedlr.signing", "fedlr.doctor", "fedlr.report.strict_json"),
-        "fedlr.report.records",
+        *("fedlr.report.records", "fedlr.report.units"),
     ),
     "fedlr.cli": (
         *BASE,

@@ -10,15 +10,18 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client import wire
-from client.agent import serve
+from client.agent import Agent, serve
 from client.agent_pb2 import StatusRequest
 from client.agent_pb2_grpc import AgentStub
 from client.declaration import Declaration, read_declaration
+from client.orderbook import OrderBook
+from client.resident import Resident
 from fedlr.build import Workbench, build
 from fedlr.cli.compose import compose
 from fedlr.config import RunConfig, to_json
@@ -43,7 +46,6 @@ class Place:
         folder: Holds everything.
         words: Overrides of the run that its coordinator asks for.
         key: The coordinator's.
-        changes: Lines of the policy by section that differ from `policy`.
     """
 
     folder: Path
@@ -65,12 +67,12 @@ class Place:
     def config(self, *words: str) -> RunConfig:
         return compose([*self.words, *words])
 
-    def order(self, config: RunConfig | None = None, **changes: Any) -> RunOrder:
+    def order(self, config: RunConfig | str | None = None, **changes: Any) -> RunOrder:
         now = int(time.time())
-        text = to_json(self.config() if config is None else config)
+        text = config if isinstance(config, str) else to_json(config or self.config())
         return replace(RunOrder(RUN, text, now, now + 3600), **changes)
 
-    def signed(self, config: RunConfig | None = None, **changes: Any) -> str:
+    def signed(self, config: RunConfig | str | None = None, **changes: Any) -> str:
         return sign(self.order(config, **changes), self.key)
 
     def rounds_booked(self) -> int:
@@ -108,6 +110,18 @@ def place(folder: Path, *words: str, **sections: Mapping[str, Any]) -> Place:
     return made
 
 
+AGENTS: dict[Path, Agent] = {}
+"""The agents of this process, by policy file: for tests that look inside."""
+
+
+class Known(Agent):
+    """An agent that is in `AGENTS`."""
+
+    def __init__(self, declaration: Declaration, resident: Resident, orders: OrderBook) -> None:
+        super().__init__(declaration, resident, orders)
+        AGENTS[declaration.path] = self
+
+
 @contextmanager
 def agent(site: Place) -> Iterator[Declaration]:
     """Serve a site in a thread of this process; ends with it."""
@@ -120,7 +134,8 @@ def agent(site: Place) -> Iterator[Declaration]:
 
     def work() -> None:
         try:
-            serve(declaration, say, stop)
+            with patch("client.agent.Agent", Known):
+                serve(declaration, say, stop.wait)
         except BaseException as error:
             failed.append(error)
         finally:
