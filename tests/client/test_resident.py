@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from client.declaration import Declaration
 from client.resident import local_config
 from fedlr.config import RunConfig, setting_names
 from tests.client.real_site import Place, place
@@ -27,6 +28,16 @@ OPERATORS = ("privacy.policies",)
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return place(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="module")
+def declaration(site: Place) -> Declaration:
+    return site.declaration
+
+
+@pytest.fixture(scope="module")
+def asked(site: Place) -> RunConfig:
+    return site.config()
 
 
 def is_asked(name: str) -> bool:
@@ -54,8 +65,9 @@ def value(config: Any, name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", leaves())
-def test_a_setting_is_the_coordinators_or_the_operators(site: Place, name: str) -> None:
-    declaration, asked = site.declaration, site.config()
+def test_a_setting_is_the_coordinators_or_the_operators(
+    declaration: Declaration, asked: RunConfig, name: str
+) -> None:
     plain = local_config(asked, declaration)
     changed = local_config(with_another(asked, name), declaration)
     if is_asked(name):
