@@ -163,6 +163,7 @@ FEWER_BITS = (
 """What no file chooses: a base in bfloat16, layers computed again, measured passes."""
 
 
+@pytest.mark.slow
 def test_three_rounds_in_fewer_bits(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

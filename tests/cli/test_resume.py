@@ -194,6 +194,7 @@ def test_a_wrong_resume_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_other_data_than_the_run_began_with_are_refused(
     tmp_path: Path, whole: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -447,6 +447,7 @@ def test_a_folder_without_a_run_starts_anew(words: list[str]) -> None:
     assert read_summary(summary).accuracy == accuracy
 
 
+@pytest.mark.slow
 def test_cells_in_other_processes(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     given = [*words, *DRY, "method=fedsvd,ffa_lora", "launcher=joblib", "hydra.launcher.n_jobs=2"]
     found = sweep(given)
