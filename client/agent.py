@@ -56,11 +56,7 @@ FOLDER_MODE, SOCKET_UMASK = 0o750, 0o117
 
 _LONGEST_WORD = 500
 _MOST_KNOWN = 64
-_OPTIONS = (
-    ("grpc.max_receive_message_length", wire.MESSAGE_BYTES),
-    ("grpc.max_send_message_length", wire.MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),
-)
+_OPTIONS = (*wire.CHANNEL_OPTIONS, ("grpc.so_reuseport", 0))
 _MOST_CALLS = 4 * WORKERS
 
 _log = logging.getLogger("fedlr.agent")

@@ -9,10 +9,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fedlr import checks
+from fedlr.config import RunConfig
 from fedlr.methods.method import PartKey, Role
+from fedlr.planning import ClientPlan, max_joins
 from fedlr.privacy.accounting import Accountant
 from fedlr.privacy.limits import Limits
-from fedlr.training.jobs import Job
+from fedlr.training.jobs import Job, Provenance, SiteStatus
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,17 @@ class SitePolicy:
         """q = min(1, L/N); 1 where nothing is declared."""
         return min(1.0, self.expected_batch / max(1, self.declared_size))
 
+    def status(self, provenance: Provenance) -> SiteStatus:
+        """Return what the site announces of itself, given what it holds; every field is public."""
+        return SiteStatus(
+            client=self.client,
+            declared_size=self.declared_size,
+            noise_multiplier=self.noise_multiplier,
+            delta=self.delta if self.mode == "dp" else 0.0,
+            provenance=provenance,
+            rank=self.max_rank,
+        )
+
     def refuses(self, job: Job) -> str | None:
         """Say why ``job`` is not allowed, None if it is; budgets are the ledger's matter."""
         if self.train is not None and (extra := job.train - self.train):
@@ -100,6 +113,27 @@ class SitePolicy:
         if self.max_rank is not None and widest > self.max_rank:
             return f"the job has {widest} columns, of which {self.max_rank} are allowed"
         return None
+
+
+def terms_of_run(config: RunConfig, client: ClientPlan, max_rank: int | None = None) -> SitePolicy:
+    """Return the terms of a run for one of its clients, before its operator tightens them."""
+    privacy = config.privacy
+    return SitePolicy(
+        client=client.name,
+        mode=privacy.mode,
+        declared_size=client.declared_size,
+        expected_batch=config.optimizer.expected_batch,
+        clip_norm=privacy.clip_norm,
+        head_share=privacy.head_share,
+        noise_multiplier=client.noise_multiplier,
+        delta=client.delta,
+        epsilon=privacy.epsilon,
+        unit=privacy.unit,
+        max_joins=max_joins(config),
+        accountant=privacy.accountant,
+        public_seed=config.seed,
+        max_rank=max_rank,
+    )
 
 
 def tighten(policy: SitePolicy, limits: Limits) -> SitePolicy:

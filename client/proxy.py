@@ -32,11 +32,6 @@ LONGEST_S = 86_400.0
 LARGEST_ANSWER = 1 << 31
 """Bytes of arrays that an answer may bring: the agent's own limit is what counts."""
 
-_OPTIONS = (
-    ("grpc.max_receive_message_length", wire.MESSAGE_BYTES),
-    ("grpc.max_send_message_length", wire.MESSAGE_BYTES),
-)
-
 _log = logging.getLogger("fedlr.client")
 
 
@@ -69,7 +64,9 @@ def train(message: Message, context: Context) -> Message:
 
 @contextmanager
 def _agent(context: Context) -> Iterator[AgentStub]:
-    channel = grpc.insecure_channel(f"unix:{context.node_config[AGENT]}", options=_OPTIONS)
+    channel = grpc.insecure_channel(
+        f"unix:{context.node_config[AGENT]}", options=wire.CHANNEL_OPTIONS
+    )
     try:
         yield AgentStub(channel)  # type: ignore[no-untyped-call]
     finally:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from client.declaration import Declaration
-from client.policy import SitePolicy, tighten
+from client.policy import terms_of_run, tighten
 from client.site import Site
 from fedlr.build import build, device_of, provenance, source_spec
 from fedlr.config import (
@@ -31,8 +31,8 @@ from fedlr.data.sources import load
 from fedlr.data.spec import SourceSpec
 from fedlr.doctor.checkup import quick
 from fedlr.errors import ConfigError, FedlrError, LedgerError, OrderRefused
-from fedlr.methods.registry import METHODS
-from fedlr.planning import ClientPlan, OwnRows, calibrate, max_joins
+from fedlr.orders import columns_of
+from fedlr.planning import ClientPlan, OwnRows, Terms, calibrated, check_delta, terms_of
 from fedlr.privacy.booking import RECOVERED
 from fedlr.privacy.ledger import SqliteLedger
 from fedlr.privacy.limits import Declared
@@ -101,17 +101,10 @@ class Resident:
             base = resident_base(config, device_of(config), self._reuse, self._say)
             labels = self.declaration.limits.labels or ()
             digests = provenance(config, base, labels)
-            policy = tighten(_policy(config, client), self.declaration.limits)
+            policy = tighten(terms_of_run(config, client), self.declaration.limits)
         except FedlrError as error:
             raise _refusal(order, error) from error
-        return SiteStatus(
-            client=policy.client,
-            declared_size=policy.declared_size,
-            noise_multiplier=policy.noise_multiplier,
-            delta=policy.delta if policy.mode == "dp" else 0.0,
-            provenance=digests,
-            rank=policy.max_rank,
-        )
+        return policy.status(digests)
 
     def site_of(self, order: RunOrder) -> Site:
         """Return the site as it takes part in the run of ``order``, built where it is another run.
@@ -159,24 +152,24 @@ class Resident:
         quick(bench)
         self._observe(bench.data)
         (site,) = bench.clients
-        policy = tighten(_policy(config, site), self.declaration.limits)
+        policy = tighten(terms_of_run(config, site), self.declaration.limits)
         return Site(policy, site.units, bench.trainer, self.ledger, bench.provenance)
 
     def _hold(self, config: RunConfig) -> None:
         """Raise ConfigError unless the declaration allows such a run."""
         declaration, limits = self.declaration, self.declaration.limits
         mode = config.privacy.mode
-        kind = METHODS.get(config.method.name)
-        mixes = kind is None or kind.facts.mixed_ranks
+        terms = self._terms(config)
+        check_delta([terms])
         run = Declared(
             client=declaration.client,
             mode="dp" if mode == "dry" and declaration.dry else mode,
-            declared_size=int(limits.declared_size or 0),
+            declared_size=terms.declared_size,
             unit=config.privacy.unit,
-            delta=delta_of(config, declaration),
+            delta=terms.delta,
             method=config.method.name,
             labels=limits.labels,
-            columns=None if mixes else config.adapter.rank,
+            columns=columns_of(config),
         )
         problems = limits.conflicts(run)
         if config.model.random_weights:
@@ -186,15 +179,15 @@ class Resident:
 
     def _client(self, config: RunConfig) -> ClientPlan:
         """Return the site as a client of the run, without rows; all of it is declared."""
-        declaration = self.declaration
-        size, delta = int(declaration.limits.declared_size or 0), delta_of(config, declaration)
-        sigma = 0.0
-        if config.privacy.mode == "dp":
-            rate = min(1.0, config.optimizer.expected_batch / max(1, size))
-            steps, privacy = config.optimizer.steps * max_joins(config), config.privacy
-            sigma = calibrate(privacy.epsilon, delta, rate, steps, privacy.accountant)
+        terms = calibrated(config, self._terms(config))
         none = UnitIndex.of(None, np.array([], dtype=np.int64), "example")
-        return ClientPlan(declaration.client, none, size, delta, sigma)
+        return ClientPlan(
+            terms.name, none, terms.declared_size, terms.delta, terms.noise_multiplier
+        )
+
+    def _terms(self, config: RunConfig) -> Terms:
+        size = int(self.declaration.limits.declared_size or 0)
+        return terms_of(config, self.declaration.client, size)
 
     def _observe(self, data: LoadedData) -> None:
         """Note what the rows are now; changed data continue the same ledger."""
@@ -236,42 +229,8 @@ def source_spec_of(config: RunConfig) -> SourceSpec:
     return replace(source_spec(config), seed=0, whole=True)
 
 
-def delta_of(config: RunConfig, declaration: Declaration) -> float:
-    """Return δ of a run at a site: what is asked, or min(1e-5, 1/(10·N)) of the declared N.
-
-    Raises:
-        ConfigError: δ ≥ 1/N: it would allow to publish a row.
-    """
-    size = max(1, int(declaration.limits.declared_size or 0))
-    delta = config.privacy.delta or min(1e-5, 1 / (10 * size))
-    if size > 1 and delta >= 1 / size:
-        raise ConfigError(
-            [f"privacy.delta = {delta:g} must be < 1/N = {1 / size:.3g}; lower it, or set it null"]
-        )
-    return delta
-
-
 def _refusal(order: RunOrder, error: FedlrError) -> OrderRefused:
     return OrderRefused("policy", f"the run {order.run} is not taken: {error}")
-
-
-def _policy(config: RunConfig, client: ClientPlan) -> SitePolicy:
-    privacy = config.privacy
-    return SitePolicy(
-        client=client.name,
-        mode=privacy.mode,
-        declared_size=client.declared_size,
-        expected_batch=config.optimizer.expected_batch,
-        clip_norm=privacy.clip_norm,
-        head_share=privacy.head_share,
-        noise_multiplier=client.noise_multiplier,
-        delta=client.delta,
-        epsilon=privacy.epsilon,
-        unit=privacy.unit,
-        max_joins=max_joins(config),
-        accountant=privacy.accountant,
-        public_seed=config.seed,
-    )
 
 
 def _all_rows(data: LoadedData) -> Rows:

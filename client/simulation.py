@@ -12,14 +12,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from client.policy import SitePolicy, tighten
+from client.policy import SitePolicy, terms_of_run, tighten
 from client.site import Site
 from fedlr.build import Workbench, build
 from fedlr.config import RunConfig, from_json
 from fedlr.doctor.checkup import quick
 from fedlr.errors import ConfigError, LedgerError
 from fedlr.orders import SiteOrder, policy_digest, read_policies
-from fedlr.planning import ClientPlan, max_joins
+from fedlr.planning import ClientPlan
 from fedlr.privacy.booking import Booking, History, JobKey, Ledger
 from fedlr.privacy.events import Release
 from fedlr.privacy.ledger import MemoryLedger, SqliteLedger
@@ -165,22 +165,7 @@ class UnreachableLedger:
 
 def _policy(config: RunConfig, index: int, plan: ClientPlan, limits: Limits | None) -> SitePolicy:
     ranks = config.adapter.rank_by_client
-    policy = SitePolicy(
-        client=plan.name,
-        mode=config.privacy.mode,
-        declared_size=plan.declared_size,
-        expected_batch=config.optimizer.expected_batch,
-        clip_norm=config.privacy.clip_norm,
-        head_share=config.privacy.head_share,
-        noise_multiplier=plan.noise_multiplier,
-        delta=plan.delta,
-        epsilon=config.privacy.epsilon,
-        unit=config.privacy.unit,
-        max_joins=max_joins(config),
-        accountant=config.privacy.accountant,
-        public_seed=config.seed,
-        max_rank=None if ranks is None else ranks[index],
-    )
+    policy = terms_of_run(config, plan, None if ranks is None else ranks[index])
     return policy if limits is None else tighten(policy, limits)
 
 

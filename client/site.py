@@ -86,15 +86,7 @@ class Site:
 
     def status(self) -> SiteStatus:
         """Announce the site; every field is public."""
-        policy = self.policy
-        return SiteStatus(
-            client=policy.client,
-            declared_size=policy.declared_size,
-            noise_multiplier=policy.noise_multiplier,
-            delta=policy.delta if policy.mode == "dp" else 0.0,
-            provenance=self._provenance,
-            rank=policy.max_rank,
-        )
+        return self.policy.status(self._provenance)
 
     def train_many(self, jobs: Sequence[Job]) -> list[ClientUpdate | Abstention]:
         """Answer each job, in order, with an update or a code.

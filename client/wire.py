@@ -26,6 +26,12 @@ PIECE_BYTES = 1 << 20
 MESSAGE_BYTES = 2 << 20
 """Most bytes of one gRPC message: a header with its order, or a piece."""
 
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+)
+"""Of both ends' gRPC channels."""
+
 MOST_ARRAYS = 4_096
 MOST_FIELDS = 64
 LONGEST_NAME = 256

@@ -168,7 +168,7 @@ def hold_policies(
             delta=client.delta,
             method=config.method.name,
             labels=labels,
-            columns=_columns(config),
+            columns=columns_of(config),
         )
         problems += limits.conflicts(run)
         if limits.ledger is None:
@@ -189,7 +189,7 @@ def hold_policies(
     return held
 
 
-def _columns(config: RunConfig) -> int | None:
+def columns_of(config: RunConfig) -> int | None:
     """Return how many columns every client must train; None where the method mixes ranks."""
     kind = METHODS.get(config.method.name)
     return None if kind is None or kind.facts.mixed_ranks else config.adapter.rank

@@ -190,25 +190,41 @@ def plan_sizes(
     say: Say = lambda _: None,
 ) -> tuple[Terms, ...]:
     """Return the public numbers of clients of ``sizes`` units; else as `plan_clients`."""
-    terms = []
-    for index, count in enumerate(sizes):
-        declared = declared_size(count)
-        size = max(1, declared)
-        delta = config.privacy.delta or min(1e-5, 1 / (10 * size))
-        rate = min(1.0, config.optimizer.expected_batch / size)
-        terms.append(Terms(client_name(index), declared, delta, rate, 0.0))
+    terms = [
+        terms_of(config, client_name(index), declared_size(count))
+        for index, count in enumerate(sizes)
+    ]
     if config.privacy.mode != "dp":
         return tuple(terms)
-    _check_delta(terms)
+    check_delta(terms)
     if noise is not None:
         return tuple(replace(term, noise_multiplier=noise[term.name]) for term in terms)
     say(f"calibrating the noise of {_counted(terms)}")
+    return tuple(calibrated(config, term) for term in terms)
+
+
+def terms_of(config: RunConfig, name: str, declared: int) -> Terms:
+    """Return the public numbers of a client that declares N = ``declared``, σ not yet among them.
+
+    δ is that of the run, or min(1e-5, 1/(10·N)) where it names none.
+    """
+    size = max(1, declared)
+    delta = config.privacy.delta or min(1e-5, 1 / (10 * size))
+    rate = min(1.0, config.optimizer.expected_batch / size)
+    return Terms(name, declared, delta, rate, 0.0)
+
+
+def calibrated(config: RunConfig, term: Terms) -> Terms:
+    """Return a client's numbers with its σ for the most rounds it may join; 0.0 unless ``dp``.
+
+    Raises:
+        ConfigError: No noise reaches the run's ε.
+    """
     privacy, steps = config.privacy, config.optimizer.steps * max_joins(config)
-
-    def sigma(term: Terms) -> float:
-        return calibrate(privacy.epsilon, term.delta, term.sample_rate, steps, privacy.accountant)
-
-    return tuple(replace(term, noise_multiplier=sigma(term)) for term in terms)
+    if privacy.mode != "dp":
+        return term
+    sigma = calibrate(privacy.epsilon, term.delta, term.sample_rate, steps, privacy.accountant)
+    return replace(term, noise_multiplier=sigma)
 
 
 def _counted(terms: Sequence[Terms]) -> str:
@@ -220,7 +236,7 @@ def _counted(terms: Sequence[Terms]) -> str:
     return f"{len(terms)} clients {sizes}"
 
 
-def _check_delta(terms: Sequence[Terms]) -> None:
+def check_delta(terms: Sequence[Terms]) -> None:
     """Raise ConfigError unless δ < 1/N everywhere; the largest client is the one to fit."""
     sized = [term for term in terms if term.declared_size > 1]
     broken = [term for term in sized if term.delta >= 1 / term.declared_size]
