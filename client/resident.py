@@ -143,9 +143,9 @@ class Resident:
         self._reuse.forget(*_OF_THE_ROWS)
         client = self._client(config)
 
-        def plan(data: LoadedData) -> ClientPlan:
+        def plan(data: LoadedData) -> tuple[ClientPlan, ...]:
             units = UnitIndex.of(data.train.users, _all_rows(data), config.privacy.unit)
-            return replace(client, units=units)
+            return (replace(client, units=units),)
 
         own = OwnRows(source_spec_of(config), plan)
         bench = build(config, self._say, evaluate=False, reuse=self._reuse, own=own)
@@ -226,7 +226,7 @@ def local_config(asked: RunConfig, declaration: Declaration) -> RunConfig:
 
 def source_spec_of(config: RunConfig) -> SourceSpec:
     """Return where the rows of a site are: every one of its training split is trained on."""
-    return replace(source_spec(config), seed=0, whole=True)
+    return replace(source_spec(config), seed=0, only="train")
 
 
 def _refusal(order: RunOrder, error: FedlrError) -> OrderRefused:

@@ -119,7 +119,8 @@ def build(
         evaluate: Whether validation will be asked for; False saves its frozen
             layers in a process that only trains.
         reuse: What other runs of this process have made already; changes no result.
-        own: Rows of one real site, in the place of what ``config`` says of data and clients.
+        own: Rows of one real site, or of the server of real sites, in the place of what
+            ``config`` says of data and clients.
 
     Raises:
         ConfigError: A setting that does not fit the model or the data.
@@ -136,7 +137,7 @@ def build(
     head = build_head(config, base, data.label_names)
     encoder, sites = adapt(config, base)
     # After what is quickly found wrong, before what takes long.
-    clients = plan_clients(config, data, noise, say) if own is None else (own.plan(data),)
+    clients = plan_clients(config, data, noise, say) if own is None else own.plan(data)
     prefix = find_prefix(encoder, sites)
     classifier = Classifier(encoder, head.to(device).requires_grad_(False), prefix)
     adapted = AdaptedModel(encoder, sites, trained_head(head, config.model.head))

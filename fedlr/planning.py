@@ -58,15 +58,16 @@ class Terms:
 
 @dataclass(frozen=True)
 class OwnRows:
-    """The rows of one real site, and the public numbers that its operator declares.
+    """The rows of one process of a real federation: those of a site, or those of the server.
 
     Attributes:
         spec: Where the rows are.
-        plan: Loaded data → the site as a client; every number in it is declared, none counted.
+        plan: Loaded data → the site as the only client, where every number is declared and none
+            counted; at the server, no client at all.
     """
 
     spec: SourceSpec
-    plan: Callable[[LoadedData], ClientPlan]
+    plan: Callable[[LoadedData], tuple[ClientPlan, ...]]
 
 
 @dataclass(frozen=True)

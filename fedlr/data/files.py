@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from fedlr.data.dataset import LoadedData, TextDataset
 from fedlr.data.rows import (
     NumberedRows,
     assemble,
+    assemble_one,
     build_dataset,
     check_declared_labels,
     choose_validation,
+    needed_validation,
     require_columns,
 )
 from fedlr.data.spec import SourceSpec
@@ -41,7 +41,7 @@ def load(spec: SourceSpec) -> LoadedData:
 
     Returns:
         Train and validation rows. A validation file needs no user column and
-        its natural ids are not read. With ``whole``, the training split is all there is.
+        its natural ids are not read. With ``only``, that side is all there is.
 
     Raises:
         ConfigError: ``path`` is not set.
@@ -53,11 +53,15 @@ def load(spec: SourceSpec) -> LoadedData:
     path = Path(spec.path)
     if is_file(path):
         label_names = _label_names(path.parent, spec)
-        if spec.whole:
-            return _whole(spec, path, label_names)
+        if spec.only is not None:
+            # Natural ids of validation rows are not read.
+            read = spec if spec.only == "train" else replace(spec, user_column=None)
+            return assemble_one(spec, _read(path, read, label_names), label_names)
         choose_validation((), spec, spec.path)
         return assemble(spec, _read(path, spec, label_names), None, label_names)
     splits = split_files(path)
+    if spec.only == "validation":
+        return _validation(spec, path, splits)
     train = splits.get(spec.train_split)
     if train is None:
         present = ", ".join(sorted(entry.name for entry in path.iterdir())[:20])
@@ -67,8 +71,8 @@ def load(spec: SourceSpec) -> LoadedData:
             "data.train_split."
         )
     label_names = _label_names(path, spec)
-    if spec.whole:
-        return _whole(spec, train, label_names)
+    if spec.only is not None:
+        return assemble_one(spec, _read(train, spec, label_names), label_names)
     chosen, notices = choose_validation(splits, spec, str(path))
     validation = None
     if chosen is not None:
@@ -128,11 +132,12 @@ def _label_names(folder: Path, spec: SourceSpec) -> tuple[str, ...]:
     return check_declared_labels(str(path), names)
 
 
-def _whole(spec: SourceSpec, path: Path, label_names: tuple[str, ...]) -> LoadedData:
-    """Return every row of one file as train, with an empty validation set."""
-    train = _read(path, spec, label_names)
-    none = train.select(np.array([], dtype=np.int64))
-    return LoadedData(train, none, label_names, spec.public)
+def _validation(spec: SourceSpec, folder: Path, splits: Mapping[str, Path]) -> LoadedData:
+    """Return the validation split of a folder alone; DataError where there is none."""
+    chosen, notices = needed_validation(splits, spec, str(folder))
+    label_names = _label_names(folder, spec)
+    rows = _read(splits[chosen], replace(spec, user_column=None), label_names)
+    return assemble_one(spec, rows, label_names, notices)
 
 
 def _read(path: Path, spec: SourceSpec, label_names: tuple[str, ...]) -> TextDataset:

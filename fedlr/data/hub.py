@@ -14,9 +14,11 @@ from fedlr.data.dataset import LoadedData
 from fedlr.data.reach import cache_if_silent, unknown, unreachable, verdict
 from fedlr.data.rows import (
     assemble,
+    assemble_one,
     build_dataset,
     check_declared_labels,
     choose_validation,
+    needed_validation,
     require_columns,
 )
 from fedlr.data.spec import SourceSpec
@@ -41,6 +43,8 @@ def load(spec: SourceSpec) -> LoadedData:
             ["data.name is not set; data=hub needs a data set such as 'stanfordnlp/sst2'"]
         )
     splits = _download(spec.name, spec.subset)
+    if spec.only == "validation":
+        return _validation(spec, splits)
     if spec.train_split not in splits:
         raise DataError(
             f"data.train_split = {spec.train_split!r} is not in {spec.name}, which has "
@@ -61,6 +65,16 @@ def load(spec: SourceSpec) -> LoadedData:
             f"{spec.name}, split {chosen}", _rows(splits[chosen], public), public, label_names
         )
     return assemble(spec, train, validation, label_names, notices)
+
+
+def _validation(spec: SourceSpec, splits: Mapping[str, Any]) -> LoadedData:
+    """Return the validation split alone; DataError where there is none."""
+    chosen, notices = needed_validation(splits, spec, str(spec.name))
+    public = replace(spec, user_column=None)
+    label_names = _label_names(splits[chosen], public)
+    where = f"{spec.name}, split {chosen}"
+    rows = build_dataset(where, _rows(splits[chosen], public), public, label_names)
+    return assemble_one(spec, rows, label_names, notices)
 
 
 def _download(name: str, subset: str | None) -> Mapping[str, Any]:

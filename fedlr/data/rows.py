@@ -86,6 +86,33 @@ def assemble(
     return LoadedData(train, validation, label_names, spec.public, tuple(notes))
 
 
+def assemble_one(
+    spec: SourceSpec,
+    rows: TextDataset,
+    label_names: tuple[str, ...],
+    notices: Sequence[str] = (),
+) -> LoadedData:
+    """Return loaded data of the one side that ``spec.only`` names, with nothing on the other."""
+    none = rows.select(np.array([], dtype=np.int64))
+    train, validation = (rows, none) if spec.only == "train" else (none, rows)
+    return LoadedData(train, validation, label_names, spec.public, tuple(notices))
+
+
+def needed_validation(
+    found: Iterable[str], spec: SourceSpec, where: str
+) -> tuple[str, tuple[str, ...]]:
+    """Pick the validation split as `choose_validation`; DataError where there is none."""
+    names = list(found)
+    chosen, notices = choose_validation(names, spec, where)
+    if chosen is None:
+        raise DataError(
+            f"{where} has no validation split (it has {', '.join(sorted(names)) or 'none'}), and a "
+            f"server of real sites has no other rows; add one of {', '.join(VALIDATION_SPLITS)}, "
+            "or set data.validation_split"
+        )
+    return chosen, notices
+
+
 def choose_validation(
     found: Iterable[str], spec: SourceSpec, where: str
 ) -> tuple[str | None, tuple[str, ...]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from fedlr.data import files, hub, stdlib
 from fedlr.data.dataset import LoadedData, shorten
 from fedlr.data.spec import SourceSpec
@@ -42,6 +44,9 @@ def load(spec: SourceSpec) -> LoadedData:
                 ["data.label_names is set, but data=stdlib has its own six classes; set it to null"]
             )
         loaded = stdlib.load(spec.validation_fraction, spec.seed, spec.split_by_user)
+        if spec.only == "validation":
+            none = loaded.train.select(np.array([], dtype=np.int64))
+            loaded = replace(loaded, train=none)
     elif spec.kind == "file":
         loaded = files.load(spec)
     else:

@@ -8,6 +8,7 @@ from typing import Literal
 from fedlr import checks
 
 Kind = Literal["stdlib", "hub", "file"]
+Side = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class SourceSpec:
         seed: Public seed of every cut, ≥ 0.
         split_by_user: Whether a cut from train takes whole users, so that
             nobody is in both parts; needed where the unit of privacy is a user.
-        whole: Whether every row of the training split is trained on, and no validation set
-            is read or cut off: a real site of ``kind=file``.
+        only: The one side that is read: ``train`` at a real site of ``kind=file``, which trains
+            on every row of its training split; ``validation`` at the server of real sites,
+            where one file alone holds nothing else. None reads both, or cuts one off.
 
     Raises:
         ValueError: A field is outside its bound.
@@ -56,7 +58,7 @@ class SourceSpec:
     public: bool
     seed: int
     split_by_user: bool = False
-    whole: bool = False
+    only: Side | None = None
 
     def __post_init__(self) -> None:
         checks.one_of("kind", self.kind, ("stdlib", "hub", "file"))
