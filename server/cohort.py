@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 
 from fedlr import checks
 
 
-def cohort(seed: int, round: int, clients: int, per_round: int) -> tuple[int, ...]:
+def cohort(
+    seed: int,
+    round: int,
+    clients: int,
+    per_round: int,
+    first: Collection[int] = (),
+    last: Collection[int] = (),
+) -> tuple[int, ...]:
     """Return the clients of one round: those with the smallest keyed digests.
 
     Client i has the key SHA-256(seed, round, i). Keys are independent and
@@ -19,6 +27,8 @@ def cohort(seed: int, round: int, clients: int, per_round: int) -> tuple[int, ..
         round: Zero-based round.
         clients: Number of clients, K ≥ 1.
         per_round: Cohort size, in [1, K].
+        first: Clients that are taken before all others.
+        last: Clients that are taken where there are too few others.
 
     Returns:
         ``per_round`` distinct indices in [0, K), sorted.
@@ -42,8 +52,8 @@ def cohort(seed: int, round: int, clients: int, per_round: int) -> tuple[int, ..
     checks.at_least("clients", clients, 1)
     checks.at_least("per_round", per_round, 1)
     checks.in_range("per_round", per_round, 1, clients)
-    ranked = sorted(range(clients), key=lambda client: (_key(seed, round, client), client))
-    return tuple(sorted(ranked[:per_round]))
+    order = [(i not in first, i in last, _key(seed, round, i), i) for i in range(clients)]
+    return tuple(sorted(client for *_, client in sorted(order)[:per_round]))
 
 
 def _key(seed: int, round: int, client: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -81,6 +82,7 @@ class Hooks:
         progress: The display.
         journal: Durable memory.
         recorder: Gets the state after each round (`server.spectra`); None keeps none.
+        wait: Called with seconds before a round is tried again.
     """
 
     evaluate: Evaluate | None = None
@@ -88,3 +90,4 @@ class Hooks:
     progress: Progress = field(default_factory=SilentProgress)
     journal: Journal = field(default_factory=NoJournal)
     recorder: Recorder | None = None
+    wait: Callable[[float], None] = time.sleep

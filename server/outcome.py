@@ -14,6 +14,35 @@ from fedlr.training.jobs import SiteStatus
 
 
 @dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How a run bears with clients that fail; the default bears with nothing.
+
+    Attributes:
+        spare_clients: Clients asked beyond ``clients_per_round``: a phase goes on as soon as
+            that many have answered, and the answers of the others come too late (and are paid
+            for at their sites), ≥ 0.
+        retries: Times that a round which too few clients joined is tried again, ≥ 0. Who has
+            paid for it gives the same update and pays nothing.
+        retry_wait_s: Seconds before each of those, ≥ 0.
+        longest_pause: Most rounds in a row that a failing client is left out of
+            (`server.backoff`); 0 asks it again in the next one.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    spare_clients: int = 0
+    retries: int = 0
+    retry_wait_s: float = 0.0
+    longest_pause: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("spare_clients", "retries", "longest_pause"):
+            checks.at_least(name, getattr(self, name), 0)
+        checks.non_negative("retry_wait_s", self.retry_wait_s)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
     """The public settings of a federation.
 
@@ -24,8 +53,8 @@ class StrategyConfig:
         clients: Clients that must answer before the first round, ≥ 1.
         clients_per_round: Cohort size, in [1, ``clients``]; all, where fewer
             clients than that are admitted.
-        min_clients: Fewer accepted updates than this end the run, in
-            [1, ``clients_per_round``].
+        min_clients: Fewer accepted updates than this end the run, or have the round tried
+            again, in [1, ``clients_per_round``].
         evaluate_every: Rounds between two evaluations, ≥ 1; start and end are
             always evaluated.
         average_rounds: The result is the mean of this many last states, ≥ 1.
@@ -38,6 +67,7 @@ class StrategyConfig:
             without end. A real network needs one.
         start_timeout_s: Seconds to wait for ``clients`` answers before the
             first round, > 0.
+        patience: How it bears with clients that fail.
 
     Raises:
         ValueError: A value outside its range.
@@ -55,6 +85,7 @@ class StrategyConfig:
     update_norm_bound: float | None = None
     round_timeout_s: float | None = None
     start_timeout_s: float = 60.0
+    patience: Patience = Patience()
 
     def __post_init__(self) -> None:
         for name in ("rounds", "clients", "clients_per_round", "min_clients"):

@@ -20,9 +20,9 @@ from server.dispatch import Order
 from server.membership import Member
 from server.messages import read_outcome
 
-FAILED, NO_ANSWER, QUORUM = "failed", "no_answer", "quorum"
-"""Codes the server itself refuses with: an error reply, no reply in time, and a
-valid update of a round that too few clients joined."""
+FAILED, NO_ANSWER, QUORUM, LATE = "failed", "no_answer", "quorum", "late"
+"""Codes the server itself refuses with: an error reply, no reply in time, a valid update
+of a round that too few clients joined, and no reply before enough others had come."""
 
 _NO_BASE = "no_base"
 """Code of a site that lacks the basis which a job relies on (`fedlr.training.jobs`)."""
@@ -39,6 +39,7 @@ class OpenRound:
         cohort: Clients drawn for the round.
         standing: Those whose updates of all phases so far were accepted; only
             they are asked in the next phase.
+        wanted: Updates after which a phase waits for no more; None waits for all.
         asked: What was sent last, and not answered yet.
         lacking: Orders of the phase that are to be sent again, with the basis: their
             clients answered that they have not got it.
@@ -57,6 +58,7 @@ class OpenRound:
     state: GlobalState
     cohort: tuple[Member, ...]
     standing: tuple[Member, ...]
+    wanted: int | None = None
     asked: list[Order] = field(default_factory=list)
     lacking: list[Order] = field(default_factory=list)
     holders: dict[str, str] = field(default_factory=dict)
@@ -109,7 +111,26 @@ class OpenRound:
             else:
                 self._accepted[order.member] = judged
             answered(order.member.client, 0 if isinstance(judged, str) else judged.steps)
-        self._codes |= {order.member: NO_ANSWER for order in open_orders.values()}
+            if self._enough:
+                break
+        silent = LATE if self._enough else NO_ANSWER
+        unanswered = [*open_orders.values(), *(self.lacking if self._enough else ())]
+        self.lacking = [] if self._enough else self.lacking
+        self._codes |= {order.member: silent for order in unanswered}
+
+    @property
+    def _enough(self) -> bool:
+        return self.wanted is not None and len(self._accepted) >= self.wanted
+
+    @property
+    def answering(self) -> set[str]:
+        """Clients of the cohort that did not fail."""
+        return {member.client for member in self.cohort} - self.failing
+
+    @property
+    def failing(self) -> set[str]:
+        """Clients that did not give what they were asked for, and could have."""
+        return {refusal.client for refusal in self.refused if refusal.code not in (QUORUM, LATE)}
 
     def close_phase(self) -> list[ClientUpdate]:
         """Return the accepted updates of the phase in client order; refuse the others."""

@@ -15,27 +15,23 @@ import signal
 import socket
 import sys
 import threading
-import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlr import checks
 from fedlr.errors import RunError
 from server.environment import OFFLINE
-
-POLL_S = 0.1
-"""Seconds between two looks for replies; Flower's own grid waits as long."""
+from server.watched import Stopped, WatchedGrid
 
 CONNECT_S = 5.0
 """Seconds a cluster's head may take to accept a connection; Ray itself tries for minutes."""
@@ -74,85 +70,6 @@ class RaySettings:
     def __post_init__(self) -> None:
         checks.at_least("cpus_per_client", self.cpus_per_client, 1)
         checks.non_negative("gpus_per_client", self.gpus_per_client)
-
-
-class _Stopped(Exception):
-    """The run is to end now; passes through the ServerApp to where it was started."""
-
-
-class WatchedGrid(Grid):
-    """A Grid that hands replies over as they come, until it is told to stop.
-
-    Args:
-        grid: Carries the messages.
-        stop: Once it is set, asking for nodes or replies raises a private exception.
-    """
-
-    def __init__(self, grid: Grid, stop: threading.Event) -> None:
-        self._grid = grid
-        self._stop = stop
-
-    def set_run(self, run: Run) -> None:
-        """See `Grid.set_run`."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """See `Grid.run`."""
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Return a new message; Flower deprecates this in favour of `Message`."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the ids of the nodes that are registered by now."""
-        self._check()
-        return self._grid.get_node_ids()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """See `Grid.push_messages`."""
-        self._check()
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """See `Grid.pull_messages`."""
-        self._check()
-        return self._grid.pull_messages(message_ids)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Send ``messages`` now and return an iterator over their replies as they come.
-
-        Args:
-            messages: Each gets its message id at once.
-            timeout: Seconds after which the iterator ends without the replies that
-                are still missing; None waits for all of them.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        return self._replies(set(self.push_messages(messages)), deadline)
-
-    def _replies(self, missing: set[str], deadline: float | None) -> Iterator[Message]:
-        while missing:
-            for reply in self.pull_messages(missing):
-                missing.discard(reply.metadata.reply_to_message_id)
-                yield reply
-            if deadline is not None and time.monotonic() >= deadline:
-                return
-            if missing:
-                self._stop.wait(POLL_S)
-
-    def _check(self) -> None:
-        if self._stop.is_set():
-            raise _Stopped
 
 
 def check_ray() -> None:
@@ -294,7 +211,7 @@ def _simulate(
     def main(grid: Grid, context: Context) -> None:
         try:
             server_app(WatchedGrid(grid, stop), context)
-        except _Stopped:
+        except Stopped:
             pass
         except Exception as error:
             raised.append(error)

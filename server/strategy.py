@@ -20,6 +20,7 @@ from fedlr.methods.combine import Combiner
 from fedlr.methods.method import ClientUpdate, GlobalState, Method, Parts
 from fedlr.report.records import RoundRecord
 from fedlr.training.jobs import Provenance
+from server.backoff import BackOff
 from server.cohort import cohort
 from server.dispatch import Dispatch, check_ranks
 from server.hooks import Hooks
@@ -43,9 +44,9 @@ class FederatedStrategy(Strategy):
 
     Guarantees:
         Bit-reproducible: the result depends on seed, state and updates, not on
-        the order of nodes or replies. No single site can stop a round: what it
-        sends is checked alone, and refused with a code. Sites of another
-        provenance never take part.
+        the order of nodes or replies; with spare clients, on who answers first. No
+        single site can stop a round: what it sends is checked alone, and refused with a
+        code. Sites of another provenance never take part.
 
     Args:
         config: The public settings.
@@ -53,6 +54,7 @@ class FederatedStrategy(Strategy):
         start: A state before its first round, or where an interrupted run stood.
         provenance: Digests that jobs carry and sites must share.
         hooks: Evaluation, log, display, journal; None has none of them.
+        membership: The clients, where they were asked before; None asks them now.
 
     Raises:
         RunError: ``config.average_rounds`` > 1 for a state that cannot be averaged, or
@@ -66,6 +68,7 @@ class FederatedStrategy(Strategy):
         start: GlobalState | Checkpoint,
         provenance: Provenance,
         hooks: Hooks | None = None,
+        membership: Membership | None = None,
     ) -> None:
         self.config = config
         self.method = method
@@ -80,8 +83,12 @@ class FederatedStrategy(Strategy):
         self._smallest = smallest_cohort(config, method)
         self._dispatch = Dispatch(method, config.run, provenance, config.round_timeout_s)
         self._membership: Membership | None = None
+        self._found = membership
         self._open: OpenRound | None = None
         self._stopped: str | None = None
+        self._back_off = BackOff(config.patience.longest_pause)
+        self._attempts = 0
+        self._paid: frozenset[str] = frozenset()
         self._measured: tuple[GlobalState, Measured] | None = None
 
     def run(self, grid: Grid) -> Outcome:
@@ -184,7 +191,7 @@ class FederatedStrategy(Strategy):
     def _connected(self, grid: Grid) -> Membership:
         """Return the clients; the first call finds them and measures the start."""
         if self._membership is None:
-            self._membership = gather(grid, self.config, self.provenance)
+            self._membership = self._found or gather(grid, self.config, self.provenance)
             check_ranks(self._membership.members, self.method, self._at.state.layout)
             check_weights(self._membership.members, self.config.weights)
             count = len(self._membership.members)
@@ -200,14 +207,26 @@ class FederatedStrategy(Strategy):
                 self._at = replace(self._at, accuracy_start=accuracy)
         return self._membership
 
+    @property
+    def _needed(self) -> int:
+        """Fewest updates that close a round."""
+        return max(self.config.min_clients, self._smallest)
+
     def _select(self, members: tuple[Member, ...]) -> OpenRound:
-        """Draw the cohort of the next round."""
-        state, count = self._at.state, len(members)
-        per_round = min(self.config.clients_per_round, count)
+        """Draw the cohort of the next round; clients that fail only where others are too few."""
+        state, count, spare = self._at.state, len(members), self.config.patience.spare_clients
+        failing = self._back_off.paused()
+        paused = {member.index for member in members if member.client in failing}
+        paid = {member.index for member in members if member.client in self._paid}
+        wanted = min(self.config.clients_per_round, count)
+        asked = min(wanted + spare, max(count - len(paused), self._needed))
         drawn = tuple(
-            members[index] for index in cohort(self.config.seed, state.round, count, per_round)
+            members[index]
+            for index in cohort(
+                self.config.seed, state.round, count, min(asked, count), paid, paused
+            )
         )
-        opened = OpenRound(state=state, cohort=drawn, standing=drawn)
+        opened = OpenRound(state, drawn, drawn, wanted=wanted if spare else None)
         self._hooks.progress.round_started(opened.number, [member.client for member in drawn])
         return opened
 
@@ -229,6 +248,7 @@ class FederatedStrategy(Strategy):
     def _complete(self, opened: OpenRound, updates: list[ClientUpdate]) -> None:
         """Close a round that changed the model."""
         state, at = opened.state, self._at
+        self._attempts, self._paid = 0, frozenset()
         due = state.round % self.config.evaluate_every == 0 or state.round == self.config.rounds
         accuracy, loss = self._measure(state) if due else (None, None)
         if self._hooks.recorder is not None:
@@ -250,14 +270,22 @@ class FederatedStrategy(Strategy):
         self._hooks.journal.finished(self._at)
 
     def _abandon(self, opened: OpenRound) -> None:
-        """Close a round that too few clients joined: the model stays, the run ends."""
+        """Close a round that too few clients joined: the model stays, it is tried again, or the
+        run ends.
+        """
         number, accepted = self._at.state.round + 1, len(opened.standing)
-        self._stopped = (
+        patience = self.config.patience
+        self._attempts += 1
+        self._paid = frozenset(member.client for member in opened.standing)
+        again = self._attempts <= patience.retries
+        reason = (
             f"round {number}: {accepted} of {len(opened.cohort)} clients sent an update that was "
-            f"accepted, at least {max(self.config.min_clients, self._smallest)} with a positive "
-            "weight are needed "
+            f"accepted, at least {self._needed} with a positive weight are needed "
             f"(refused: {opened.refusal_counts()})"
         )
+        if not again:
+            tries = "" if self._attempts == 1 else f"; it was tried {self._attempts} times"
+            self._stopped = reason + tries
         refused = [refusal.client for refusal in opened.refused]
         opened.abandon()
         self._at = replace(
@@ -268,6 +296,9 @@ class FederatedStrategy(Strategy):
         self._record(opened, number, 0, (None, None))
         self._hooks.journal.abandoned(refused)
         self._hooks.journal.finished(self._at)
+        if again:
+            _log.warning("%s; it is tried again in %g s", reason, patience.retry_wait_s)
+            self._hooks.wait(patience.retry_wait_s)
 
     def _record(self, opened: OpenRound, number: int, accepted: int, measured: Measured) -> None:
         """Log and show a closed round."""
@@ -288,7 +319,9 @@ class FederatedStrategy(Strategy):
             epsilon_by_client=epsilon,
         )
         self._open = None
-        self._at = replace(self._at, records=(*self._at.records, record))
+        self._back_off.closed(opened.answering, opened.failing)
+        earlier = (old for old in self._at.records if old.round < number)  # a try before this one
+        self._at = replace(self._at, records=(*earlier, record))
         if self._hooks.log is not None:
             self._hooks.log.append(record)
         self._hooks.progress.round_finished(record)

@@ -49,6 +49,10 @@ def range_problems(config: RunConfig) -> list[str]:
         (checks.at_least, "federation.evaluate_every", (federation.evaluate_every, 1)),
         (checks.at_least, "federation.average_rounds", (federation.average_rounds, 1)),
         (checks.positive, "federation.start_timeout_s", (federation.start_timeout_s,)),
+        (checks.at_least, "federation.spare_clients", (federation.spare_clients, 0)),
+        (checks.at_least, "federation.retries", (federation.retries, 0)),
+        (checks.non_negative, "federation.retry_wait_s", (federation.retry_wait_s,)),
+        (checks.at_least, "federation.longest_pause", (federation.longest_pause, 0)),
         (checks.at_least, "federation.cpus_per_client", (federation.cpus_per_client, 1)),
         (checks.non_negative, "federation.gpus_per_client", (federation.gpus_per_client,)),
         (checks.at_least, "subspace.refresh_every", (config.subspace.refresh_every, 1)),
@@ -97,7 +101,25 @@ def cross_problems(config: RunConfig) -> list[str]:
 
 def _federation_rules(config: RunConfig) -> list[tuple[bool, str]]:
     federation = config.federation
+    asked = federation.clients_per_round + federation.spare_clients
+    deployed = federation.engine == "deploy"
     return [
+        (
+            federation.spare_clients > 0 and asked > federation.clients,
+            f"federation.spare_clients = {federation.spare_clients} beside a cohort of "
+            f"{federation.clients_per_round} must be ≤ federation.clients = {federation.clients}; "
+            "lower one of them",
+        ),
+        (
+            deployed and config.privacy.policies is not None,
+            "privacy.policies is set but federation.engine = deploy asks real sites, whose "
+            "operators keep their own; set privacy.policies=null",
+        ),
+        (
+            deployed and config.adapter.rank_by_client is not None,
+            "adapter.rank_by_client is set but federation.engine = deploy asks real sites, whose "
+            "operators set max_rank; set adapter.rank_by_client=null",
+        ),
         (
             federation.clients_per_round > federation.clients,
             f"federation.clients_per_round = {federation.clients_per_round} must be ≤ "

@@ -178,11 +178,20 @@ class FederationConfig:
 
     Attributes:
         engine: ``local`` runs every client in this process; ``ray`` runs them on
-            Flower's simulation engine, in processes of a Ray cluster.
+            Flower's simulation engine, in processes of a Ray cluster; ``deploy`` asks real
+            sites (``fedlr submit``).
         clients: Number of clients K.
         clients_per_round: Cohort size, ≤ clients.
         rounds: Number of rounds.
-        min_clients: Fewer accepted updates than this end the run cleanly.
+        min_clients: Fewer accepted updates than this end the run cleanly, or have the round
+            tried again.
+        spare_clients: Clients asked beyond the cohort: a round goes on once the cohort's
+            number has answered, and the others have paid for nothing.
+        retries: Times that a round below ``min_clients`` is tried again; who has paid for it
+            gives the same update.
+        retry_wait_s: Seconds before each of those.
+        longest_pause: Most rounds that a failing client is left out of: 1, 2, 4, … after each
+            failure in a row; 0 asks it again at once.
         evaluate_every: Evaluate on public data every k rounds (and at the end).
         average_rounds: The result is the mean of the effective weights of the last
             this many rounds; 1 is the last round alone. Free post-processing.
@@ -197,11 +206,15 @@ class FederationConfig:
             two, 0 hides them.
     """
 
-    engine: Literal["local", "ray"] = "local"
+    engine: Literal["local", "ray", "deploy"] = "local"
     clients: int = 6
     clients_per_round: int = 6
     rounds: int = 8
     min_clients: int = 1
+    spare_clients: int = 0
+    retries: int = 0
+    retry_wait_s: float = 0.0
+    longest_pause: int = 0
     evaluate_every: int = 2
     average_rounds: int = 1
     start_timeout_s: float = 600.0

@@ -53,6 +53,9 @@ LOWEST: dict[str, int] = {
     "federation.evaluate_every": 1,
     "federation.average_rounds": 1,
     "federation.cpus_per_client": 1,
+    "federation.spare_clients": 0,
+    "federation.retries": 0,
+    "federation.longest_pause": 0,
     "kernels.physical_batch": 1,
     "kernels.prefix_cache_mb": 0,
     "privacy.max_joins": 1,
@@ -72,7 +75,7 @@ POSITIVE = (
     *("federation.start_timeout_s", "federation.round_timeout_s"),
 )
 
-NON_NEGATIVE = ("federation.gpus_per_client",)
+NON_NEGATIVE = ("federation.gpus_per_client", "federation.retry_wait_s")
 
 WITHIN: dict[str, tuple[float, float]] = {
     "optimizer.momentum": (0.0, 0.999),
@@ -162,6 +165,15 @@ CONTRADICTIONS: list[tuple[tuple[tuple[str, Any], ...], str]] = [
     ),
     ((("federation.min_clients", 7),), "federation.min_clients = 7"),
     ((("federation.average_rounds", 9),), "federation.average_rounds = 9"),
+    ((("federation.spare_clients", 1),), "federation.spare_clients = 1 beside a cohort of 6"),
+    (
+        (("federation.engine", "deploy"), ("privacy.policies", "x")),
+        "privacy.policies is set but federation.engine = deploy",
+    ),
+    (
+        (("federation.engine", "deploy"), ("adapter.rank_by_client", [1] * 6)),
+        "adapter.rank_by_client is set but federation.engine = deploy",
+    ),
     ((("federation.address", "head:6379"),), "federation.address = 'head:6379' but"),
     (
         (("federation.engine", "ray"), ("federation.address", "head")),
@@ -274,6 +286,8 @@ def test_every_cross_rule_is_in_the_table() -> None:
 CONSISTENT: list[tuple[tuple[str, Any], ...]] = [
     (("federation.clients_per_round", 6), ("federation.min_clients", 6)),
     (("federation.average_rounds", 8),),
+    (("federation.clients_per_round", 5), ("federation.spare_clients", 1)),
+    (("federation.engine", "deploy"),),
     (("partition.kind", "dirichlet"), ("partition.alpha", 0.5)),
     (("data.kind", "file"), ("data.path", "x")),
     (("data.kind", "hub"), ("data.name", "x")),

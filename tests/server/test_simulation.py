@@ -29,7 +29,8 @@ from server.hooks import Hooks
 from server.membership import gather
 from server.messages import status_query
 from server.outcome import Outcome
-from server.simulation import RaySettings, WatchedGrid, check_ray, run_on_ray
+from server.simulation import RaySettings, check_ray, run_on_ray
+from server.watched import Stopped, WatchedGrid
 from tests.server.toys import (
     PROVENANCE,
     ToySite,
@@ -250,5 +251,5 @@ def test_replies_are_handed_over_as_they_come_until_the_deadline() -> None:
     assert [reply.metadata.reply_to_message_id for reply in replies] == [known.metadata.message_id]
     stop.set()
     for call in (grid.get_node_ids, lambda: grid.push_messages([]), lambda: grid.pull_messages([])):
-        with pytest.raises(simulation._Stopped):
+        with pytest.raises(Stopped):
             call()
