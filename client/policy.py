@@ -98,7 +98,7 @@ class SitePolicy:
             client=self.client,
             declared_size=self.declared_size,
             noise_multiplier=self.noise_multiplier,
-            delta=self.delta if self.mode == "dp" else 0.0,
+            delta=0.0 if self.mode == "none" else self.delta,
             provenance=provenance,
             rank=self.max_rank,
         )

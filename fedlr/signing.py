@@ -193,6 +193,20 @@ def sign(order: RunOrder, key: Ed25519PrivateKey) -> str:
     return text
 
 
+def announced(text: str) -> RunOrder:
+    """Return the order in ``text`` without a look at its signature: for whoever signed it.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    try:
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(f"it has more than {MOST_CHARACTERS} characters")
+        return strict_json.decode(SignedOrder, text).order
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"there is no signed order: {error}; use `fedlr submit`"]) from error
+
+
 def verify(text: str, trusted: Collection[str], now: float | None = None) -> RunOrder:
     """Return the order in ``text`` if one of the trusted coordinators signed it and it is good now.
 

@@ -1,4 +1,6 @@
-"""The ServerApp of ``flwr run``: one client for every node of the federation."""
+"""The ServerApp of ``flwr run``: real sites where there is an order, else one simulated client
+for every node of the federation.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,12 @@ from flwr.serverapp import Grid, ServerApp
 from fedlr.build import build, check_data
 from fedlr.config import RunConfig, from_json
 from fedlr.config.nodes import for_nodes
-from fedlr.errors import RunError
+from fedlr.errors import ConfigError, RunError
 from fedlr.orders import order_file, write_order
 from fedlr.report.folder import check_output, output_folder
 from fedlr.report.live import say
 from fedlr.report.tables import show_closing
+from server.deployment import ROUND_TIMEOUT_S, run_deployed
 from server.session import Session, begin, strategy_config
 
 SETTLED_S = 2.0
@@ -25,8 +28,8 @@ SETTLED_S = 2.0
 POLL_S = 0.2
 """Seconds between two counts."""
 
-ROUND_TIMEOUT_S = 3600.0
-"""Seconds a round may take where the configuration sets no bound: a node can vanish."""
+ORDER = "order"
+"""Key of the run config with a signed order, as in `client.proxy`."""
 
 
 def count_nodes(grid: Grid, timeout_s: float) -> int:
@@ -57,13 +60,18 @@ def count_nodes(grid: Grid, timeout_s: float) -> int:
 
 
 def run(grid: Grid, context: Context) -> None:
-    """Run the federation of ``context.run_config["cfg"]`` on the nodes of ``grid``.
+    """Run the federation of ``context.run_config`` on the nodes of ``grid``.
 
     Raises:
         FedlrError: The run cannot be built or started, or completed no round. Flower
             then shows the run as failed.
     """
+    if order := str(context.run_config.get(ORDER, "")):
+        run_deployed(grid, order)
+        return
     config = from_json(str(context.run_config["cfg"]))
+    if config.federation.engine == "deploy":
+        raise ConfigError(["federation.engine = deploy needs a signed order; use `fedlr submit`"])
     check_output(output_folder(config.output), config.name)
     count = count_nodes(grid, config.federation.start_timeout_s)
     session = _begin(for_nodes(config, count), context.run_id)
@@ -90,7 +98,7 @@ def _begin(config: RunConfig, flower_run: int) -> Session:
     workbench = build(config, say)
     session = begin(workbench, began, say)
     try:
-        write_order(order_file(config.output, flower_run), session.order)
+        write_order(order_file(config.output, flower_run), session.simulated)
     except BaseException:
         session.close()
         raise

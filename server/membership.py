@@ -12,11 +12,17 @@ from flwr.serverapp import Grid
 
 from fedlr.errors import BadUpdate, RunError
 from fedlr.training.jobs import Provenance, SiteStatus
-from server.messages import read_status, status_query
+from server.messages import code_of, read_status, status_query
 from server.outcome import StrategyConfig
 
 POLL_S = 1.0
 """Seconds between two looks at which nodes are connected."""
+
+ASK_AGAIN_S = 5.0
+"""Seconds after which a node that is not ready yet is asked again."""
+
+NOT_YET = ("unapproved", "busy")
+"""Codes of sites that may answer otherwise later: an operator has still to look at the run."""
 
 _log = logging.getLogger("fedlr.server")
 
@@ -49,11 +55,20 @@ class Membership:
     notices: tuple[str, ...]
 
 
-def gather(grid: Grid, config: StrategyConfig, provenance: Provenance) -> Membership:
+def gather(
+    grid: Grid, config: StrategyConfig, provenance: Provenance, enough: int | None = None
+) -> Membership:
     """Ask every node for its status until ``config.clients`` have answered.
 
     Nodes register one after the other, so the list is read again until the
     deadline of ``config.start_timeout_s``.
+
+    Args:
+        grid: Connects to the nodes.
+        config: Of the federation.
+        provenance: What clients must hold.
+        enough: Answers that are enough at the deadline, in a run that goes on without some
+            of its clients; None needs all of them.
 
     Returns:
         Clients in the order of their names, so that the order of the nodes has
@@ -65,7 +80,7 @@ def gather(grid: Grid, config: StrategyConfig, provenance: Provenance) -> Member
             admitted.
     """
     statuses = _ask(grid, config)
-    if len(statuses) < config.clients:
+    if len(statuses) < (config.clients if enough is None else enough):
         raise RunError(
             f"{len(statuses)} of {config.clients} clients answered within "
             f"{config.start_timeout_s:g} s ({_names(statuses)}); look at the log of the others for "
@@ -87,11 +102,19 @@ def _ask(grid: Grid, config: StrategyConfig) -> dict[int, SiteStatus]:
     deadline = time.monotonic() + config.start_timeout_s
     statuses: dict[int, SiteStatus] = {}
     broken: set[int] = set()
+    waiting: dict[int, float] = {}
     while True:
-        left = deadline - time.monotonic()
-        silent = [n for n in grid.get_node_ids() if n not in statuses and n not in broken]
+        now = time.monotonic()
+        left = deadline - now
+        silent = [
+            node
+            for node in grid.get_node_ids()
+            if node not in statuses and node not in broken and waiting.get(node, 0.0) <= now
+        ]
         if silent and left > 0:
-            statuses |= _answers(grid, silent, left, broken)
+            found, later = _answers(grid, silent, left, broken)
+            statuses |= found
+            waiting |= dict.fromkeys(later, time.monotonic() + ASK_AGAIN_S)
         left = deadline - time.monotonic()
         if len(statuses) + len(broken) >= config.clients or left <= 0:
             return statuses
@@ -100,13 +123,16 @@ def _ask(grid: Grid, config: StrategyConfig) -> dict[int, SiteStatus]:
 
 def _answers(
     grid: Grid, nodes: list[int], timeout: float, broken: set[int]
-) -> dict[int, SiteStatus]:
-    """Return the statuses that came; nodes that answered anything else are added to ``broken``."""
+) -> tuple[dict[int, SiteStatus], list[int]]:
+    """Return the statuses that came, and the nodes that are to be asked again; those that
+    answered anything else are added to ``broken``.
+    """
     queries = [status_query(node, timeout) for node in nodes]
     replies = grid.send_and_receive(queries, timeout=timeout)
     # A message has no id before it is sent.
     asked = {query.metadata.message_id: query.metadata.dst_node_id for query in queries}
     statuses: dict[int, SiteStatus] = {}
+    later: list[int] = []
     for reply in replies:
         node = asked.get(reply.metadata.reply_to_message_id)
         if node is None or reply.has_error():
@@ -114,9 +140,11 @@ def _answers(
         try:
             statuses[node] = read_status(reply)
         except BadUpdate as error:
-            broken.add(node)
-            _log.warning("node %d cannot take part: %s", node, error)
-    return statuses
+            not_yet = code_of(reply) in NOT_YET
+            later += [node] if not_yet else []
+            broken |= set() if not_yet else {node}
+            _log.warning("node %d cannot take part%s: %s", node, " yet" * not_yet, error)
+    return statuses, later
 
 
 def _admit(

@@ -69,6 +69,14 @@ def read_status(message: Message) -> SiteStatus:
     return _read(message, lambda _, header: jobs.decode_status(header))
 
 
+def code_of(message: Message) -> str:
+    """Return the code in a readable reply that is one, else an empty text."""
+    if HEADER_RECORD not in message.content:
+        return ""
+    header = cast("Mapping[str, Any]", message.content[HEADER_RECORD])
+    return str(header.get("code", ""))
+
+
 def _read(message: Message, decode: Callable[[Arrays, Mapping[str, Any]], T]) -> T:
     """Decode a reply of an untrusted site: whatever is wrong with it is a BadUpdate."""
     try:

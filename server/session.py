@@ -37,13 +37,14 @@ from fedlr.reuse import NOTHING_SHARED, Reuse
 from server import books
 from server.hooks import Hooks
 from server.journal import FileJournal, write_head
-from server.outcome import Checkpoint, Outcome, StrategyConfig
-from server.results import settle, summarise, write_page, write_results
+from server.membership import Membership
+from server.outcome import Checkpoint, Outcome, Patience, StrategyConfig
+from server.results import reported, settle, summarise, write_page, write_results
 from server.spectra import SpectrumRecorder
 from server.strategy import FederatedStrategy
 from server.tracking import TrackedProgress, check_tracking, open_tracker, tell_end
 
-_FIXED = ("base", "tokenizer", "labels", "codec", "data_sha256", "clients")
+FIXED = ("base", "tokenizer", "labels", "codec", "data_sha256", "clients")
 """Facts that a resumed run must find as they were."""
 
 
@@ -55,7 +56,7 @@ class Session:
         workbench: Model, data and clients.
         folder: The run folder.
         facts: What the run is made of.
-        order: What a process needs to be one of its simulated sites.
+        order: What a process needs to be one of its simulated sites; None where they are real.
         start: The state before round 1, or where the run stood.
         journal: Its durable memory.
         began: Monotonic clock at the start, seconds.
@@ -66,7 +67,7 @@ class Session:
     workbench: Workbench
     folder: Path
     facts: RunFacts
-    order: SiteOrder
+    order: SiteOrder | None
     start: Checkpoint
     journal: FileJournal
     began: float = field(default_factory=time.monotonic)
@@ -78,11 +79,23 @@ class Session:
         """The configuration of the run."""
         return self.workbench.config
 
-    def strategy(self, settings: StrategyConfig | None = None) -> FederatedStrategy:
+    @property
+    def simulated(self) -> SiteOrder:
+        """The order of its simulated sites; RunError where they are real."""
+        if self.order is None:
+            raise RunError(
+                f"the run in {self.folder} has real sites; `fedlr submit` goes on with it"
+            )
+        return self.order
+
+    def strategy(
+        self, settings: StrategyConfig | None = None, membership: Membership | None = None
+    ) -> FederatedStrategy:
         """Return the strategy that runs what is left of the run.
 
         Args:
             settings: Another engine's waits; None takes `strategy_config`.
+            membership: The clients, where they were asked before; None asks them at its start.
 
         Raises:
             RunError: The method's states cannot be averaged as configured.
@@ -96,22 +109,28 @@ class Session:
             progress=TrackedProgress(display, self.tracker),
             journal=self.journal,
             recorder=SpectrumRecorder(
-                self.folder / SPECTRA_FILE, _first(self.workbench).state.parts
+                self.folder / SPECTRA_FILE, first(self.workbench).state.parts
             ),
         )
         bench = self.workbench
         settings = settings or strategy_config(config, self.facts.run)
-        return FederatedStrategy(settings, bench.method, self.start, bench.provenance, hooks)
+        return FederatedStrategy(
+            settings, bench.method, self.start, bench.provenance, hooks, membership
+        )
 
     def finish(self, outcome: Outcome) -> Summary:
         """Write adapter, plot, summary and page, tell the tracker, and return the summary.
 
         ε is that of the ledgers, which also count rounds that were paid for and not
-        joined; the duration is that of the rounds before a resume and of this process.
+        joined; of real sites it is what they reported. The duration is that of the rounds
+        before a resume and of this process.
         """
         earlier = sum(record.wall_s for record in self.start.records)
         wall_s = earlier + time.monotonic() - self.began
-        outcome = settle(self.config, self.facts, self.order, outcome)
+        if self.order is None:
+            outcome = reported(self.config, self.facts, outcome)
+        else:
+            outcome = settle(self.config, self.facts, self.order, outcome)
         summary = summarise(self.config, self.facts, outcome, wall_s)
         write_results(self.workbench, outcome, summary, self.folder)
         self.tracker.finish(summary)
@@ -179,7 +198,7 @@ def begin(
         told = (*facts.notices, *books.notices(order))
         facts = replace(facts, notices=told, sources=order.sources)
         write_facts(folder, facts)
-        start = _first(workbench)
+        start = first(workbench)
         tracker = open_tracker(config, folder, facts)
     except BaseException:
         journal.close()
@@ -229,10 +248,10 @@ def resume(folder: Path, say: Say = lambda _: None, reuse: Reuse = NOTHING_SHARE
     journal = FileJournal(folder)
     try:
         workbench = build(config, say, _noise(facts), reuse=reuse)
-        check_same(facts, facts_of(workbench, facts.run), _FIXED)
+        check_same(facts, facts_of(workbench, facts.run), FIXED)
         check_policies(config, workbench.clients, workbench.data.label_names)
         _examine(workbench, reuse)
-        start = journal.checkpoint(workbench.layout) or _first(workbench)
+        start = journal.checkpoint(workbench.layout) or first(workbench)
         order = order_of(folder, config, facts)
         books.check_resumed(config, facts, order, start)
         books.observe(workbench, order, say)
@@ -311,6 +330,12 @@ def strategy_config(config: RunConfig, run: str) -> StrategyConfig:
         update_norm_bound=config.method.update_norm_bound,
         round_timeout_s=federation.round_timeout_s,
         start_timeout_s=federation.start_timeout_s,
+        patience=Patience(
+            spare_clients=federation.spare_clients,
+            retries=federation.retries,
+            retry_wait_s=federation.retry_wait_s,
+            longest_pause=federation.longest_pause,
+        ),
     )
 
 
@@ -348,7 +373,7 @@ def _examine(workbench: Workbench, reuse: Reuse) -> None:
     reuse.get("examination", key, lambda: quick(workbench), keep=64)
 
 
-def _first(workbench: Workbench) -> Checkpoint:
+def first(workbench: Workbench) -> Checkpoint:
     """Return where every run of this configuration starts."""
     generator = torch.Generator().manual_seed(workbench.config.seed)
     return Checkpoint(workbench.method.init(workbench.layout, generator))

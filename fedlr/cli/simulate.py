@@ -163,7 +163,7 @@ def _run_local(session: Session, server: ServerApp) -> None:
     from client.simulation import make_sites
     from server.app import run_in_process
 
-    sites = make_sites(session.workbench, session.order)
+    sites = make_sites(session.workbench, session.simulated)
     run_in_process(server, local_grid(session.config, sites))
 
 
@@ -198,7 +198,7 @@ def _run_on_ray(session: Session, server: ServerApp) -> None:
     settings = RaySettings(
         federation.address, federation.cpus_per_client, federation.gpus_per_client
     )
-    client = make_client_app(partial(site_in_actor, session.order))
+    client = make_client_app(partial(site_in_actor, session.simulated))
     where = federation.address or "this machine"
     say(f"starting Ray on {where}; each of its processes loads the model")
     run_on_ray(server, client, federation.clients, settings)
@@ -225,6 +225,13 @@ def check_early(config: RunConfig) -> None:
     from server.tracking import check_tracking
 
     check_tracking(config)
+    if config.federation.engine == "deploy":
+        raise ConfigError(
+            [
+                "federation.engine = deploy asks real sites: use `fedlr submit`, or "
+                "federation=local to simulate them"
+            ]
+        )
     if config.privacy.policies is not None:
         from fedlr.orders import read_policies
 

@@ -146,7 +146,7 @@ class SiteStatus:
         client: Stable public identifier.
         declared_size: N as the operator declares it.
         noise_multiplier: σ of its releases; 0.0 where privacy is off or dry.
-        delta: δ of its guarantee; 0.0 where privacy is off or dry.
+        delta: δ of its guarantee; 0.0 where privacy is off.
         provenance: Digests of what it holds.
         rank: Most columns of a B (rows of an A) that it trains, ≥ 1; None has no bound.
     """

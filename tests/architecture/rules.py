@@ -60,7 +60,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
         *(*BASE, *SHOWING, "fedlr.config", "fedlr.planning"),
         *("fedlr.privacy", "fedlr.methods"),
     ),
-    "server": (*BUILT, "fedlr.orders", "fedlr.restore", "fedlr.doctor"),
+    "server": (*BUILT, "fedlr.orders", "fedlr.signing", "fedlr.restore", "fedlr.doctor"),
     "client": (
         *(*WORK, "fedlr.config", "fedlr.planning", "fedlr.build", "fedlr.orders"),
         *("fedlr.reuse", "fedlr.signing", "fedlr.doctor", "fedlr.report.strict_json"),

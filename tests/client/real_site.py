@@ -30,7 +30,7 @@ from fedlr.privacy.ledger import SqliteLedger
 from fedlr.signing import RunOrder, public_key, sign
 from fedlr.training import jobs
 from fedlr.training.jobs import Abstention, Job, Provenance, SiteStatus, encode_job
-from server.session import _first
+from server.session import first
 from tests.cli.small import LABELS, small
 
 RUN = "tiny-1a2b"
@@ -107,6 +107,28 @@ def place(folder: Path, *words: str, **sections: Mapping[str, Any]) -> Place:
         lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
     made.policy.write_text("\n".join(lines) + "\n", encoding="utf-8")
     SqliteLedger(made.ledger, "ward-7", disjoint="made up for a test").close()
+    return made
+
+
+def sites_like(
+    bench: Workbench, folder: Path, words: list[str], key: Ed25519PrivateKey, **top: Any
+) -> list[Place]:
+    """Real sites in folders ``site-<i>`` that hold the rows of a simulation's clients."""
+    train, made = bench.data.train, []
+    for index, plan in enumerate(bench.clients):
+        site = place(
+            folder / f"site-{index}",
+            *words,
+            top={"client": plan.name, "declared_size": plan.declared_size, **top},
+            allow={"dry": True, "coordinators": [public_key(key)]},
+            data={"public": True},
+        )
+        rows = [
+            json.dumps({"text": train.texts[row], "label": int(train.labels[row])})
+            for row in plan.units.rows.tolist()
+        ]
+        (site.folder / "data" / "train.jsonl").write_text("\n".join(rows) + "\n")
+        made.append(site)
     return made
 
 
@@ -188,13 +210,13 @@ def send(
 def server_side(site: Place, *words: str) -> tuple[Workbench, Parts]:
     """What a coordinator builds of the same configuration, and what it broadcasts first."""
     bench = build(site.config(*words))
-    return bench, bench.method.broadcast(_first(bench).state)
+    return bench, bench.method.broadcast(first(bench).state)
 
 
 def first_job(site: Place, nonce: str = "n0", **changes: Any) -> Job:
     """The first job of the run."""
     bench, parts = server_side(site)
-    phase = bench.method.plan(_first(bench).state).phases[0]
+    phase = bench.method.plan(first(bench).state).phases[0]
     made = Job(RUN, 0, 0, nonce, phase.train, phase.send, parts, bench.provenance)
     return replace(made, **changes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -18,14 +17,13 @@ from fedlr.adapters.codec import ARRAYS_RECORD, HEADER_RECORD
 from fedlr.build import Workbench, build
 from fedlr.methods.method import Layout, Parts
 from fedlr.methods.shared import factor_pairs
-from fedlr.signing import sign
 from fedlr.training.jobs import Abstention
 from server.grid import InProcessGrid
 from server.messages import read_outcome, status_query, train_messages
 from server.outcome import Outcome
-from server.session import _first, strategy_config
+from server.session import first, strategy_config
 from server.strategy import FederatedStrategy
-from tests.client.real_site import RUN, Place, agent, first_job, place
+from tests.client.real_site import RUN, agent, first_job, place, sites_like
 from tests.integration.test_equivalence import difference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +32,7 @@ CLIENTS = 2
 
 def federated(bench: Workbench, grid: InProcessGrid, run: str) -> Outcome:
     settings = strategy_config(bench.config, run)
-    start = _first(bench)
+    start = first(bench)
     return FederatedStrategy(settings, bench.method, start, bench.provenance).run(grid)
 
 
@@ -51,26 +49,6 @@ def test_the_app_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def sites_like(bench: Workbench, folder: Path, words: list[str]) -> list[Place]:
-    """Real sites that hold the rows of a simulation's clients."""
-    train, made = bench.data.train, []
-    for index, plan in enumerate(bench.clients):
-        site = place(
-            folder / f"site-{index}",
-            *words,
-            top={"client": plan.name, "declared_size": plan.declared_size},
-            allow={"dry": True},
-            data={"public": True},
-        )
-        rows = [
-            json.dumps({"text": train.texts[row], "label": int(train.labels[row])})
-            for row in plan.units.rows.tolist()
-        ]
-        (site.folder / "data" / "train.jsonl").write_text("\n".join(rows) + "\n")
-        made.append(site)
-    return made
-
-
 def test_three_dry_rounds_are_those_of_a_simulation(tmp_path: Path) -> None:
     words = ["privacy=dry", "data.public=true", "optimizer.learning_rate=0.5"]
     (tmp_path / "home").mkdir()
@@ -82,15 +60,13 @@ def test_three_dry_rounds_are_those_of_a_simulation(tmp_path: Path) -> None:
     simulated = federated(bench, local_grid(bench.config, make_sites(bench, None)), "simulated")
     for index in range(CLIENTS):
         (tmp_path / f"site-{index}").mkdir()
-    real = sites_like(bench, tmp_path, words)
-    order = sign(home.order(), real[0].key)
+    real = sites_like(bench, tmp_path, words, home.key)
     with ExitStack() as stack:
         nodes: dict[int, UserConfig] = {}
         for index, site in enumerate(real):
-            text = site.policy.read_text().replace(_key(site), _key(real[0]))
-            site.policy.write_text(text)
             declaration = stack.enter_context(agent(site))
             nodes[index + 7] = {proxy.AGENT: str(declaration.agent.socket)}
+        order = home.signed()
         grid = InProcessGrid(client.main.app, nodes, run_config={proxy.ORDER: order})
         deployed = federated(build(home.config()), grid, RUN)
     assert [record.accepted for record in deployed.records] == [CLIENTS] * 3
@@ -98,11 +74,6 @@ def test_three_dry_rounds_are_those_of_a_simulation(tmp_path: Path) -> None:
     found = products(bench.layout, deployed.parts), products(bench.layout, simulated.parts)
     assert difference(*found) < 1e-6
     assert max(float(value.norm()) for value in found[1].values()) > 1e-3
-
-
-def _key(site: Place) -> str:
-    (key,) = site.declaration.coordinators
-    return key
 
 
 @pytest.mark.parametrize("config", [{}, {proxy.ORDER: "{}"}])

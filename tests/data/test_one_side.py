@@ -29,9 +29,9 @@ def test_a_server_reads_no_training_row(folder: Path) -> None:
     loaded = sources.load(spec(path=str(folder), only="validation", user_column="patient"))
     assert (len(loaded.train), len(loaded.validation)) == (0, 6)
     write(folder, "train", 4)  # there, and never opened: it has no such column
-    assert sources.load(spec(path=str(folder), only="validation", user_column="patient")).sha256 == (
-        loaded.sha256
-    )
+    assert sources.load(
+        spec(path=str(folder), only="validation", user_column="patient")
+    ).sha256 == (loaded.sha256)
 
 
 def test_a_server_with_one_file_has_nothing_else(folder: Path) -> None:
