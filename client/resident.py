@@ -21,6 +21,7 @@ from fedlr.config import (
     FederationConfig,
     MethodConfig,
     ModelConfig,
+    OptimizerConfig,
     RunConfig,
     SubspaceConfig,
     from_json,
@@ -86,6 +87,17 @@ class Resident:
         rows = len(load(source_spec_of(plain)).train)
         self._say(f"{rows} rows are readable")
         resident_base(plain, device_of(plain), self._reuse, self._say)
+
+    def examine(self) -> str:
+        """Hold the private step to its promise on this device, with the rows' model; return which.
+
+        Raises:
+            DoctorError: It does not hold.
+            FedlrError: As `load`.
+        """
+        config = local_config(RunConfig(), self.declaration)
+        self._built(replace(config, optimizer=_small(config, self._terms(config).declared_size)))
+        return str(device_of(config))
 
     def status_of(self, order: RunOrder) -> SiteStatus:
         """Return what the site is in the run of ``order``, from declared numbers alone.
@@ -222,6 +234,12 @@ def local_config(asked: RunConfig, declaration: Declaration) -> RunConfig:
         federation=FederationConfig(clients=1, clients_per_round=1, rounds=asked.federation.rounds),
         kernels=declaration.kernels,
     )
+
+
+def _small(config: RunConfig, size: int) -> OptimizerConfig:
+    """Return the optimiser of an examination: no more rows in a step than a site of few has."""
+    expected = min(config.optimizer.expected_batch, max(1, size))
+    return replace(config.optimizer, expected_batch=expected)
 
 
 def source_spec_of(config: RunConfig) -> SourceSpec:

@@ -292,7 +292,7 @@ def prepare(
         ledgers.append(str(folder.absolute() / f"{client}.sqlite" if own else limits.ledger))
         sources.append(_source(run, client) if own else str(limits.source_id))
     order = SiteOrder(
-        config=to_json(_absolute(config)),
+        config=to_json(absolute(config)),
         run=run,
         clients=tuple(noise),
         noise=tuple(noise.values()),
@@ -309,7 +309,7 @@ def prepare(
     return order
 
 
-def _absolute(config: RunConfig) -> RunConfig:
+def absolute(config: RunConfig) -> RunConfig:
     """Return ``config`` for a process that works in another folder of this machine."""
     model, data = config.model, config.data
     if Path(model.name).is_dir():

@@ -21,8 +21,15 @@ VERBS = {
     "report": ("fedlr.cli.report", "write a run or a sweep as one page with figures"),
     "export": ("fedlr.cli.export", "write the model of a run as others load it"),
     "audit": ("fedlr.cli.audit", "attack a site's private training; bound its ε from below"),
+    "server": ("fedlr.cli.server", "prepare the server of real sites, and let sites in"),
+    "submit": ("fedlr.cli.submit", "ask real sites for a run, and follow it"),
+    "status": ("fedlr.cli.status", "show the sites of a server and its runs"),
+    "stop": ("fedlr.cli.stop", "end a run of real sites"),
     "agent": ("fedlr.cli.agent", "serve one real site: its data, ledger, policy and model"),
-    "site": ("fedlr.cli.site", "look at the runs that asked at a real site, and approve them"),
+    "site": (
+        "fedlr.cli.site",
+        "bring up a real site; look at the runs that asked there, approve them",
+    ),
     "ledger": ("fedlr.cli.ledger", "show, verify, export or mend a data source's ledger"),
     "predict": ("fedlr.cli.predict", "classify texts with the model of a run"),
     "doctor": ("fedlr.cli.doctor", "check that privacy holds on this machine, model and device"),
@@ -39,7 +46,12 @@ usage: fedlr simulate [overrides]
        fedlr methods [--json]
        fedlr report <run folder or sweep> [--output <folder>] [--markdown]
        fedlr export <run folder> [--merge] [--output <folder>]
+       fedlr server <action> <folder> [<public key>]
+       fedlr submit <folder> [overrides] [--resume <run>]
+       fedlr status <folder>
+       fedlr stop <folder> <run>
        fedlr agent <policy.toml>
+       fedlr site init <folder> …
        fedlr site <action> <policy.toml> [<run>]
        fedlr ledger <action> <file>
        fedlr predict <run folder> "text" … [--json]

@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from client.orderbook import Asked, OrderBook
 
 _ABOUT = """\
-Look at the runs that have asked at a real site, and approve them.
+Bring up a real site, look at the runs that have asked there, and approve them.
 
+  init      make the folder of a new site (see `fedlr site init --help`)
+  check     check data, model, device, private step and disk of a site
   orders    every run that has asked: what it is, and whether it was approved
   approve   let one of them train here; what was approved cannot be changed later, and
             costs no more than the budgets of the policy
 
-Both read what the agent has noted beside the ledger; the agent may be running. A policy with
-allow.approve = false lets every run pass that a trusted coordinator has signed."""
+The last two read what the agent has noted beside the ledger; the agent may be running. A policy
+with allow.approve = false lets every run pass that a trusted coordinator has signed."""
 
 
 def run(words: Sequence[str]) -> int:
@@ -36,8 +38,12 @@ def run(words: Sequence[str]) -> int:
     Returns:
         0; errors are raised as `fedlr.errors.FedlrError`.
     """
+    if words and words[0] in ("init", "check"):
+        from fedlr.cli import site_init
+
+        return (site_init.init if words[0] == "init" else site_init.check)(words[1:])
     parser = Parser("site", _ABOUT)
-    parser.add_argument("action", choices=("orders", "approve"))
+    parser.add_argument("action", choices=("init", "check", "orders", "approve"))
     parser.add_argument("policy", type=Path, help="the operator's file, e.g. site.toml")
     parser.add_argument("run", nargs="?", help="approve: the run's name")
     parser.add_argument("--json", action="store_true", help="orders as one JSON object a line")

@@ -1,0 +1,203 @@
+"""``fedlr site init`` and ``check``: a real site, from its data to a key to hand over."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedlr.cli.arguments import Parser
+from fedlr.deploy.site_folder import SiteFolder, SiteSettings, hand_over, write_site
+from fedlr.errors import ConfigError
+from fedlr.report.live import say
+from fedlr.signing import check_public_key
+
+_ABOUT = """\
+Make the folder of a real site: policy, ledger, key of its node, units. Then check data, model,
+device and disk as `fedlr site check` does, and print the public key to hand over."""
+
+LEAST_FREE = 1_000_000_000
+"""Bytes that must be free beside the ledger: every update that was paid for is kept there."""
+
+_ENDINGS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+
+
+def init(words: Sequence[str]) -> int:
+    """Make a site; return 0.
+
+    Args:
+        words: What stands behind ``fedlr site init``.
+
+    Raises:
+        FedlrError: Something is missing or wrong; no folder is left then. A check that fails
+            leaves it, to be mended.
+    """
+    given = _parser().parse(words)
+    if given is None:
+        return 0
+    settings = SiteSettings(
+        server=given.server,
+        authority=given.authority,
+        disjoint=given.disjoint,
+        user=given.user,
+        node_user=given.node_user,
+        group=given.group or None,
+        node_port=given.node_port,
+    )
+    policy = _policy(given, settings)
+    made = write_site(given.folder, policy, settings)
+    _make_ledger(made, policy, settings)
+    say(f"made {made.folder}; its policy is {made.policy}")
+    _check(made.policy)
+    left = hand_over(made, settings)
+    if left:
+        say("as root, so that nothing that a job contains can read the data:")
+        print("\n".join(f"  {line}" for line in left))
+    print(f"public key of {policy['client']}, for the server's operator ({made.public_key}):")
+    print(made.public_key.read_text(encoding="utf-8").strip())
+    return 0
+
+
+def check(words: Sequence[str]) -> int:
+    """Check a site that exists; return 0."""
+    parser = Parser("site check", "Check data, model, device, private step and disk of a site.")
+    parser.add_argument("policy", type=Path, help="the operator's file, e.g. site.toml")
+    given = parser.parse(words)
+    if given is not None:
+        _check(given.policy)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser("site init", _ABOUT)
+    parser.add_argument("folder", type=Path, help="is made, or is empty")
+    needed = parser.add_argument_group("needed").add_argument
+    needed("--client", required=True, help="public name of the site")
+    needed("--data", required=True, type=Path, help="file or folder of rows, see data=file")
+    needed("--labels", required=True, help="label list in order, e.g. no,yes")
+    needed("--server", required=True, help="host:port of the federation's server")
+    needed("--authority", required=True, type=Path, help="ca.crt of the server's operator")
+    needed("--coordinator", required=True, help="public key that may ask for runs")
+    needed("--epsilon-total", required=True, type=float, help="most ε over all runs, ever")
+    needed("--disjoint", required=True, help="why no ledger of these data exists yet")
+    option = parser.add_argument
+    option("--epsilon-per-run", type=float)
+    option("--epsilon-per-month", type=float)
+    option("--delta", type=float, help="largest δ; without it min(1e-5, 1/(10·N))")
+    option("--unit", choices=("example", "user"), default="example")
+    option("--declared-size", type=int, help="N, public; without it units, two digits of them")
+    option("--text-columns", default="text")
+    option("--label-column", default="label")
+    option("--user-column")
+    option("--public", action="store_true", help="the data are public; runs without noise pass")
+    option("--approve", action="store_true", help="every run waits for `fedlr site approve`")
+    option("--model", default="embedded", help="hub name or folder of the base model")
+    option("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    option("--user", default="fedlr", help="user of the agent")
+    option("--node-user", default="flower", help="user of the node")
+    option("--group", default="flower", help="group of the node's user; empty: the agent's own")
+    option("--node-port", type=int, default=9094)
+    return parser
+
+
+def _policy(given: argparse.Namespace, settings: SiteSettings) -> dict[str, Any]:
+    """Return the content of the policy, with N and δ declared where nobody gave them."""
+    problems = []
+    try:
+        check_public_key("--coordinator", given.coordinator)
+    except ValueError as error:
+        problems.append(str(error))
+    if not given.data.exists():
+        problems.append(f"--data {given.data} does not exist")
+    if given.unit == "user" and given.user_column is None:
+        problems.append("--unit user needs --user-column, the column that tells users apart")
+    if problems:
+        raise ConfigError(problems)
+    labels = [name for name in given.labels.split(",") if name]
+    data: dict[str, Any] = {
+        "path": str(given.data.expanduser().absolute()),
+        "text_columns": given.text_columns.split(","),
+        "label_column": given.label_column,
+        "public": given.public,
+    }
+    if given.user_column is not None:
+        data["user_column"] = given.user_column
+    size = given.declared_size or _counted(given.unit, labels, data)
+    budget = {
+        "delta": given.delta or min(1e-5, 1 / (10 * max(1, size))),
+        "epsilon_total": given.epsilon_total,
+        "epsilon_per_run": given.epsilon_per_run,
+        "epsilon_per_month": given.epsilon_per_month,
+    }
+    agent = {"socket": "door/agent.sock", "group": settings.group}
+    return {
+        "client": given.client,
+        "declared_size": size,
+        "unit": given.unit,
+        "labels": labels,
+        "source_id": given.client,
+        "ledger": "ledger/site.sqlite",
+        "budget": {name: value for name, value in budget.items() if value is not None},
+        "allow": {
+            "coordinators": [given.coordinator],
+            "approve": given.approve,
+            "dry": given.public,
+        },
+        "data": data,
+        "model": {"name": _place(given.model)},
+        "kernels": {"device": given.device},
+        "agent": {name: value for name, value in agent.items() if value is not None},
+    }
+
+
+def _place(model: str) -> str:
+    path = Path(model).expanduser()
+    return str(path.absolute()) if path.is_dir() else model
+
+
+def _counted(unit: str, labels: list[str], data: dict[str, Any]) -> int:
+    """Return what is declared of as many units as there are: two digits of their number."""
+    from fedlr.build import source_spec
+    from fedlr.config import from_mapping
+    from fedlr.data.sources import load
+    from fedlr.planning import declared_size
+
+    config = from_mapping({"data": {"kind": "file", **data, "label_names": labels}})
+    rows = load(replace(source_spec(config), only="train")).train
+    count = len(set(rows.users or ())) if unit == "user" else len(rows)
+    size = declared_size(count)
+    say(f"declared_size = {size}: two digits of the number of {unit}s, which becomes public")
+    return size
+
+
+def _make_ledger(made: SiteFolder, policy: dict[str, Any], settings: SiteSettings) -> None:
+    from fedlr.privacy.ledger import SqliteLedger
+
+    SqliteLedger(made.ledger, policy["source_id"], disjoint=settings.disjoint).close()
+
+
+def _check(policy: Path) -> None:
+    """Say what was found; FedlrError where the site could not take part."""
+    from client.declaration import read_declaration
+    from client.resident import Resident
+
+    declaration = read_declaration(policy)
+    resident = Resident(declaration, say)
+    try:
+        resident.load()
+        device = resident.examine()
+    finally:
+        resident.close()
+    say(f"the private step holds on {device}")
+    free = shutil.disk_usage(declaration.ledger.parent).free
+    if free < LEAST_FREE:
+        raise ConfigError(
+            [
+                f"{free // 10**6} MB are free beside the ledger {declaration.ledger}, it needs ≥ "
+                f"{LEAST_FREE // 10**6}: every update that was paid for is kept there; make room"
+            ]
+        )
+    say(f"{free // 10**9} GB are free beside the ledger")

@@ -1,0 +1,328 @@
+"""The folder of a coordinator: keys, certificates, settings of the server's programs.
+
+``fedlr server init`` writes it once. Flower's control interface knows no users: whoever reaches
+it runs code on every node. So the SuperLink listens on this machine alone, and the reverse
+proxy lets the nodes' own paths through and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from fedlr.deploy.certificates import (
+    new_authority,
+    new_server,
+    private_bytes,
+    read_authority,
+    write_new,
+)
+from fedlr.deploy.units import unit
+from fedlr.errors import ConfigError
+from fedlr.signing import new_key
+
+CONNECTION = "fedlr"
+"""Name of the connection in Flower's own settings."""
+
+PORT = 8000
+"""Port of the SuperLink on this machine."""
+
+OFFLINE = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+"""Variables that keep every program of a federation from calling anyone but its server."""
+
+_HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?")
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """A coordinator's folder.
+
+    Attributes:
+        folder: Absolute.
+    """
+
+    folder: Path
+
+    @property
+    def key(self) -> Path:
+        """Private key that signs orders."""
+        return self.folder / "coordinator.key"
+
+    @property
+    def authority(self) -> Path:
+        """Certificate that sites trust."""
+        return self.folder / "ca.crt"
+
+    @property
+    def authority_key(self) -> Path:
+        """Its private key; missing where the authority is somebody else's."""
+        return self.folder / "ca.key"
+
+    @property
+    def certificate(self) -> Path:
+        """The server's certificate."""
+        return self.folder / "server.crt"
+
+    @property
+    def certificate_key(self) -> Path:
+        """Its private key."""
+        return self.folder / "server.key"
+
+    @property
+    def home(self) -> Path:
+        """Where Flower's programs keep their settings."""
+        return self.folder / "flower"
+
+    @property
+    def secret(self) -> Path:
+        """What SuperLink and SuperExec share."""
+        return self.folder / "superexec.secret"
+
+    @property
+    def database(self) -> Path:
+        """State of the SuperLink, which survives its restart."""
+        return self.folder / "superlink" / "state.db"
+
+    @property
+    def runs(self) -> Path:
+        """Where run folders are made."""
+        return self.folder / "runs"
+
+    @property
+    def sites(self) -> Path:
+        """Public keys of the registered sites, by name."""
+        return self.folder / "sites"
+
+    @property
+    def submitted(self) -> Path:
+        """Which of Flower's runs is which of ours."""
+        return self.folder / "submitted"
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that the server's programs need, beside those they are given."""
+        return {"FLWR_HOME": str(self.home), **OFFLINE, "PATH": search_path()}
+
+    def commands(self, port: int) -> dict[str, list[str]]:
+        """Return the server's two programs, by name.
+
+        The ServerApp runs in a process of its own, so that a run survives a restart of the
+        SuperLink, whose state is in the database.
+        """
+        superlink = [
+            *(program("flower-superlink"), "--host", "127.0.0.1", "--port", str(port)),
+            *("--ssl-ca-certfile", str(self.authority)),
+            *("--ssl-certfile", str(self.certificate)),
+            *("--ssl-keyfile", str(self.certificate_key)),
+            "--enable-supernode-auth",
+            *("--isolation", "process", "--superexec-auth-secret-file", str(self.secret)),
+            *("--database", str(self.database)),
+            "--disable-runtime-dependency-installation",
+        ]
+        superexec = [
+            *(program("flower-superexec"), "--runtime-api-address", f"127.0.0.1:{port}"),
+            *("--root-certificates", str(self.authority)),
+            *("--superexec-auth-secret-file", str(self.secret)),
+        ]
+        return {"fedlr-superlink": superlink, "fedlr-superexec": superexec}
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What ``fedlr server init`` is told.
+
+    Attributes:
+        hosts: Names and addresses under which sites reach the server, one or more.
+        public_port: Port of the reverse proxy.
+        port: Port of the SuperLink on this machine.
+        user: User of the server's programs.
+        authority: Certificate and key of an authority that exists; None makes one.
+
+    Raises:
+        ConfigError: A name or a port cannot be one; all problems at once.
+    """
+
+    hosts: tuple[str, ...]
+    public_port: int = 443
+    port: int = PORT
+    user: str = "fedlr"
+    authority: tuple[Path, Path] | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"host {host!r} must be a name or an address, without port or path"
+            for host in self.hosts
+            if not _HOST.fullmatch(host) or len(host) > 253
+        ]
+        problems += [
+            f"{name} = {value} must be in [1, 65535]"
+            for name, value in (("public port", self.public_port), ("port", self.port))
+            if not 1 <= value <= 65535
+        ]
+        if not self.hosts:
+            problems.append("--host is missing; give the name under which sites reach the server")
+        if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", self.user):
+            problems.append(f"user {self.user!r} cannot be the name of a user")
+        if problems:
+            raise ConfigError(problems)
+
+
+def write_coordinator(folder: Path, settings: ServerSettings) -> Coordinator:
+    """Make the folder of a coordinator, whole or not at all.
+
+    Args:
+        folder: Does not exist yet, or is empty.
+        settings: What it is for.
+
+    Raises:
+        ConfigError: It holds something, cannot be made, or the given authority is unfit.
+    """
+    made = Coordinator(folder.expanduser().absolute())
+    authority = read_authority(*settings.authority) if settings.authority else None
+    draft = Coordinator(made.folder.with_name(f".{made.folder.name}.new-{secrets.token_hex(4)}"))
+    _check_free(made.folder)
+    try:
+        draft.folder.mkdir(parents=True, mode=0o750)
+        new_key(draft.key)
+        found = authority or new_authority(f"fedlr at {settings.hosts[0]}")
+        write_new(draft.authority, found.certificate.public_bytes(Encoding.PEM))
+        if authority is None:
+            write_new(draft.authority_key, private_bytes(found.key), 0o600)
+        certificate, key = new_server(found, settings.hosts)
+        write_new(draft.certificate, certificate)
+        write_new(draft.certificate_key, key, 0o600)
+        write_new(draft.secret, secrets.token_bytes(32), 0o600)
+        for place in (draft.home, draft.database.parent, draft.runs, draft.sites, draft.submitted):
+            place.mkdir(mode=0o750)
+        for name, text in _texts(made, settings).items():
+            write_new(draft.folder / name, text.encode())
+        if made.folder.exists():
+            made.folder.rmdir()
+        draft.folder.rename(made.folder)
+    except OSError as error:
+        raise ConfigError(
+            [f"{made.folder} cannot be made: {error.strerror or error}; give another place"]
+        ) from error
+    finally:
+        shutil.rmtree(draft.folder, ignore_errors=True)
+    return made
+
+
+def read_coordinator(folder: Path) -> Coordinator:
+    """Return the coordinator of a folder; ConfigError where it is none."""
+    found, shown = Coordinator(folder.expanduser().absolute()), shlex.quote(str(folder))
+    if not (found.home / "config.toml").is_file():
+        raise ConfigError(
+            [
+                f"{folder} is no coordinator's folder; `fedlr server init {shown} --host <name>` "
+                "makes one"
+            ]
+        )
+    return found
+
+
+def renew_certificate(coordinator: Coordinator, hosts: Sequence[str]) -> None:
+    """Replace the server's certificate and key; sites, who trust the authority, change nothing.
+
+    Raises:
+        ConfigError: The authority's key is not here.
+    """
+    authority = read_authority(coordinator.authority, coordinator.authority_key)
+    certificate, key = new_server(authority, hosts)
+    # The key first: a proxy that reads them in between finds two that do not fit, and says so.
+    for path, content, mode in (
+        (coordinator.certificate_key, key, 0o600),
+        (coordinator.certificate, certificate, 0o644),
+    ):
+        draft = path.with_suffix(".new")
+        draft.unlink(missing_ok=True)
+        write_new(draft, content, mode)
+        draft.replace(path)
+
+
+def program(name: str) -> str:
+    """Return the absolute path of a program of this installation."""
+    return str(Path(sys.executable).parent / name)
+
+
+def search_path() -> str:
+    """Return a PATH in which Flower's programs find each other."""
+    here, rest = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    return os.pathsep.join(dict.fromkeys((here, *rest.split(os.pathsep))))
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError([f"{folder} exists already; give a folder that is new"])
+
+
+def _texts(made: Coordinator, settings: ServerSettings) -> dict[str, str]:
+    """Return the files that hold settings, by name."""
+    texts = {
+        "flower/config.toml": _connection(made, settings.port),
+        "reverse-proxy.conf": _proxy(made, settings),
+    }
+    for name, words in made.commands(settings.port).items():
+        texts[f"{name}.service"] = unit(
+            description=f"{name} of the federation at {settings.hosts[0]}",
+            command=words,
+            environment=made.environment(),
+            user=settings.user,
+            writable=(made.folder,),
+            stop_s=90,  # Flower's own programs wait for one another
+        )
+    return texts
+
+
+def _connection(made: Coordinator, port: int) -> str:
+    return f"""\
+# Of Flower's command line, with FLWR_HOME={made.home}
+[superlink]
+default = "{CONNECTION}"
+
+[superlink.{CONNECTION}]
+address = "127.0.0.1:{port}"
+root-certificates = "{made.authority}"
+"""
+
+
+def _proxy(made: Coordinator, settings: ServerSettings) -> str:
+    names = " ".join(settings.hosts)
+    return f"""\
+# nginx: all that the world may reach of the SuperLink. Its control interface (/v1/control/) has
+# no users: whoever reached it could run code on every node.
+server {{
+    listen {settings.public_port} ssl;
+    server_name {names};
+    ssl_certificate {made.certificate};
+    ssl_certificate_key {made.certificate_key};
+    ssl_protocols TLSv1.3;
+    client_max_body_size 16m; # Flower sends arrays in pieces of 5 MiB
+
+    location /v1/fleet/ {{
+        proxy_pass https://127.0.0.1:{settings.port};
+        proxy_ssl_trusted_certificate {made.authority};
+        proxy_ssl_verify on;
+        proxy_ssl_name localhost;
+        proxy_http_version 1.1;
+        proxy_set_header Host $host;
+        proxy_read_timeout 300s;
+    }}
+    location / {{
+        return 404;
+    }}
+}}
+"""

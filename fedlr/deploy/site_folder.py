@@ -1,0 +1,241 @@
+"""The folder of a real site: policy, ledger, key of its node, units of agent and node."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlr.deploy.certificates import new_node_key, write_new
+from fedlr.deploy.coordinator import OFFLINE, program, search_path
+from fedlr.deploy.units import unit
+from fedlr.errors import ConfigError
+
+AGENT_STOP_S = 3600
+"""Seconds that a job in training may take to end when the agent is told to stop: it is paid for."""
+
+
+@dataclass(frozen=True)
+class SiteFolder:
+    """A site's folder.
+
+    Attributes:
+        folder: Absolute.
+    """
+
+    folder: Path
+
+    @property
+    def policy(self) -> Path:
+        """The operator's policy."""
+        return self.folder / "site.toml"
+
+    @property
+    def ledger(self) -> Path:
+        """The ledger of its data."""
+        return self.folder / "ledger" / "site.sqlite"
+
+    @property
+    def socket(self) -> Path:
+        """Where the agent listens."""
+        return self.folder / "door" / "agent.sock"
+
+    @property
+    def node(self) -> Path:
+        """What the node's user owns."""
+        return self.folder / "node"
+
+    @property
+    def key(self) -> Path:
+        """Private key of the node."""
+        return self.node / "key"
+
+    @property
+    def public_key(self) -> Path:
+        """What the server's operator gets."""
+        return self.node / "key.pub"
+
+    @property
+    def authority(self) -> Path:
+        """Certificate that the node trusts."""
+        return self.node / "ca.crt"
+
+    def agent_command(self) -> list[str]:
+        """Return the agent's program and words."""
+        return [program("fedlr"), "agent", str(self.policy)]
+
+    def node_command(self, server: str, port: int) -> list[str]:
+        """Return the node's program and words.
+
+        Args:
+            server: ``host:port`` of the reverse proxy.
+            port: Of its own programs, on this machine.
+        """
+        return [
+            *(program("flower-supernode"), "--superlink", server),
+            *("--root-certificates", str(self.authority)),
+            *("--auth-supernode-private-key", str(self.key)),
+            *("--host", "127.0.0.1", "--port", str(port)),
+            *("--node-config", f'agent="{self.socket}"'),
+        ]
+
+    def node_environment(self) -> dict[str, str]:
+        """Return the node's variables."""
+        return {"FLWR_HOME": str(self.node / "flower"), **OFFLINE, "PATH": search_path()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteSettings:
+    """What ``fedlr site init`` is told beside the policy.
+
+    Attributes:
+        server: ``host:port`` of the federation's server.
+        authority: Certificate that the server's is signed by.
+        disjoint: Why nothing was ever released from these data, for the new ledger.
+        user: User of the agent.
+        node_user: User of the node, another one.
+        group: Group of the node's user, which may open the socket.
+        node_port: Port of the node's own programs.
+    """
+
+    server: str
+    authority: Path
+    disjoint: str
+    user: str = "fedlr"
+    node_user: str = "flower"
+    group: str | None = "flower"
+    node_port: int = 9094
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not re.fullmatch(r"[^\s:/]+:\d{1,5}", self.server):
+            problems.append(f"--server {self.server!r} must be host:port, e.g. fl.example.org:443")
+        if not self.disjoint.strip():
+            problems.append("--disjoint is empty; say why no ledger of these data exists yet")
+        if self.user == self.node_user:
+            problems.append(
+                f"--user and --node-user are both {self.user!r}; what runs as the node's user must "
+                "not be able to read the agent's files"
+            )
+        if not 1 <= self.node_port <= 65535:
+            problems.append(f"--node-port {self.node_port} must be in [1, 65535]")
+        if problems:
+            raise ConfigError(problems)
+
+
+def write_site(folder: Path, policy: Mapping[str, Any], settings: SiteSettings) -> SiteFolder:
+    """Make the folder of a site, whole or not at all; its ledger is not among it.
+
+    Args:
+        folder: Does not exist yet, or is empty.
+        policy: Content of the policy: values, then sections of values.
+        settings: The rest.
+
+    Raises:
+        ConfigError: It holds something, or cannot be made.
+    """
+    made = SiteFolder(folder.expanduser().absolute())
+    if made.folder.exists() and (not made.folder.is_dir() or any(made.folder.iterdir())):
+        raise ConfigError([f"{made.folder} exists already; give a folder that is new"])
+    draft = SiteFolder(made.folder.with_name(f".{made.folder.name}.new-{secrets.token_hex(4)}"))
+    try:
+        authority = settings.authority.read_bytes()
+        draft.folder.mkdir(parents=True)
+        draft.node.mkdir(mode=0o700)
+        draft.ledger.parent.mkdir(mode=0o700)
+        (draft.node / "flower").mkdir()
+        private, public = new_node_key()
+        write_new(draft.key, private, 0o600)
+        write_new(draft.public_key, public)
+        write_new(draft.authority, authority)
+        write_new(draft.policy, policy_text(policy).encode(), 0o600)
+        for name, text in _units(made, settings).items():
+            write_new(draft.folder / name, text.encode())
+        if made.folder.exists():
+            made.folder.rmdir()
+        draft.folder.rename(made.folder)
+    except OSError as error:
+        place = error.filename or made.folder
+        raise ConfigError([f"{place}: {error.strerror or error}; give another place"]) from error
+    finally:
+        shutil.rmtree(draft.folder, ignore_errors=True)
+    return made
+
+
+def hand_over(made: SiteFolder, settings: SiteSettings) -> list[str]:
+    """Give the files to the users of agent and node, where this process may.
+
+    Returns:
+        The commands that do it, for somebody who may; none where it is done.
+    """
+    folder, node = shlex.quote(str(made.folder)), shlex.quote(str(made.node))
+    commands = [
+        f"chown -R {settings.user}: {folder}",
+        f"chown -R {settings.node_user}: {node}",
+        f"chmod 711 {folder}",  # the node's user passes through, and reads nothing on the way
+    ]
+    if os.geteuid() != 0:
+        return commands
+    try:
+        for place, user in ((made.folder, settings.user), (made.node, settings.node_user)):
+            for path in (place, *place.rglob("*")):
+                shutil.chown(path, user=user, group=-1)
+        made.folder.chmod(0o711)
+    except LookupError:
+        users = [f"useradd --system {name}" for name in (settings.node_user, settings.user)]
+        joined = [f"usermod -aG {settings.group} {settings.user}"] if settings.group else []
+        return [*users, *joined, *commands]
+    return []
+
+
+def policy_text(policy: Mapping[str, Any]) -> str:
+    """Return a policy as TOML.
+
+    Example:
+        >>> print(policy_text({"client": "a", "budget": {"delta": 1e-06}}))
+        client = "a"
+        <BLANKLINE>
+        [budget]
+        delta = 1e-06
+        <BLANKLINE>
+    """
+    top = {name: value for name, value in policy.items() if not isinstance(value, Mapping)}
+    lines = [f"{name} = {_value(value)}" for name, value in top.items()]
+    for name, section in policy.items():
+        if isinstance(section, Mapping):
+            lines += ["", f"[{name}]"]
+            lines += [f"{key} = {_value(value)}" for key, value in section.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: Any) -> str:
+    """Return a text, number, flag or list of them; their JSON is TOML."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _units(made: SiteFolder, settings: SiteSettings) -> dict[str, str]:
+    return {
+        "fedlr-agent.service": unit(
+            description="Agent of a fedlr site",
+            command=made.agent_command(),
+            environment={name: OFFLINE[name] for name in OFFLINE if not name.startswith("FLWR")},
+            user=settings.user,
+            writable=(made.folder,),
+            stop_s=AGENT_STOP_S,
+        ),
+        "fedlr-supernode.service": unit(
+            description="Flower node of a fedlr site",
+            command=made.node_command(settings.server, settings.node_port),
+            environment=made.node_environment(),
+            user=settings.node_user,
+            writable=(made.node,),
+            stop_s=60,
+        ),
+    }
