@@ -96,7 +96,10 @@ class Resident:
             FedlrError: As `load`.
         """
         config = local_config(RunConfig(), self.declaration)
-        self._built(replace(config, optimizer=_small(config, self._terms(config).declared_size)))
+        size = self._terms(config).declared_size
+        # The frozen layers of every row are not needed for it.
+        kernels = replace(config.kernels, prefix_cache_mb=0)
+        self._built(replace(config, optimizer=_small(config, size), kernels=kernels))
         return str(device_of(config))
 
     def status_of(self, order: RunOrder) -> SiteStatus:

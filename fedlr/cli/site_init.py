@@ -22,8 +22,6 @@ device and disk as `fedlr site check` does, and print the public key to hand ove
 LEAST_FREE = 1_000_000_000
 """Bytes that must be free beside the ledger: every update that was paid for is kept there."""
 
-_ENDINGS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
-
 
 def init(words: Sequence[str]) -> int:
     """Make a site; return 0.
@@ -77,7 +75,7 @@ def _parser() -> Parser:
     needed = parser.add_argument_group("needed").add_argument
     needed("--client", required=True, help="public name of the site")
     needed("--data", required=True, type=Path, help="file or folder of rows, see data=file")
-    needed("--labels", required=True, help="label list in order, e.g. no,yes")
+    needed("--label", required=True, action="append", help="a label; again for each, in order")
     needed("--server", required=True, help="host:port of the federation's server")
     needed("--authority", required=True, type=Path, help="ca.crt of the server's operator")
     needed("--coordinator", required=True, help="public key that may ask for runs")
@@ -116,7 +114,7 @@ def _policy(given: argparse.Namespace, settings: SiteSettings) -> dict[str, Any]
         problems.append("--unit user needs --user-column, the column that tells users apart")
     if problems:
         raise ConfigError(problems)
-    labels = [name for name in given.labels.split(",") if name]
+    labels = given.label
     data: dict[str, Any] = {
         "path": str(given.data.expanduser().absolute()),
         "text_columns": given.text_columns.split(","),

@@ -259,9 +259,8 @@ def program(name: str) -> str:
 
 
 def search_path() -> str:
-    """Return a PATH in which Flower's programs find each other."""
-    here, rest = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
-    return os.pathsep.join(dict.fromkeys((here, *rest.split(os.pathsep))))
+    """Return a PATH in which Flower's programs, which start one another, are found."""
+    return os.pathsep.join((str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"))
 
 
 def _check_free(folder: Path) -> None:
