@@ -158,6 +158,16 @@ def read_split(config: RunConfig, spec: SourceSpec, say: Say = lambda _: None) -
     return Split(sizes, data.label_names)
 
 
+def count_units(spec: SourceSpec, unit: str) -> int:
+    """Return how many rows, or users, the data of one site have, for `declared_size`.
+
+    Raises:
+        DataError: They cannot be read.
+    """
+    rows = load(spec).train
+    return len(set(rows.users or ())) if unit == "user" else len(rows)
+
+
 def plan_clients(
     config: RunConfig,
     data: LoadedData,

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 
 from fedlr.build import Workbench, build, source_spec
 from fedlr.config import RunConfig, from_json, to_json
+from fedlr.data.sources import load
 from fedlr.errors import RunError
 from fedlr.planning import OwnRows
 from fedlr.report.facts import (
@@ -96,6 +97,11 @@ def run_deployed(grid: Grid, text: str) -> Path:
 def folder_of(order: RunOrder, config: RunConfig) -> Path:
     """Return the folder of the run of an order."""
     return output_folder(config.output) / order.run
+
+
+def check_rows(config: RunConfig) -> None:
+    """Raise DataError where the server's rows cannot be read."""
+    load(server_rows(config).spec)
 
 
 def server_rows(config: RunConfig) -> OwnRows:

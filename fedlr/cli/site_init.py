@@ -160,13 +160,10 @@ def _counted(unit: str, labels: list[str], data: dict[str, Any]) -> int:
     """Return what is declared of as many units as there are: two digits of their number."""
     from fedlr.build import source_spec
     from fedlr.config import from_mapping
-    from fedlr.data.sources import load
-    from fedlr.planning import declared_size
+    from fedlr.planning import count_units, declared_size
 
     config = from_mapping({"data": {"kind": "file", **data, "label_names": labels}})
-    rows = load(replace(source_spec(config), only="train")).train
-    count = len(set(rows.users or ())) if unit == "user" else len(rows)
-    size = declared_size(count)
+    size = declared_size(count_units(replace(source_spec(config), only="train"), unit))
     say(f"declared_size = {size}: two digits of the number of {unit}s, which becomes public")
     return size
 

@@ -192,13 +192,12 @@ def _new(coordinator: Coordinator, overrides: Sequence[str], days: float) -> _As
 def _check(config: RunConfig) -> None:
     """Find out now what the ServerApp would find out later."""
     from fedlr.build import check_names
-    from fedlr.data.sources import load
-    from server.deployment import server_rows
+    from server.deployment import check_rows
     from server.tracking import check_tracking
 
     check_tracking(config)
     check_names(config)
-    load(server_rows(config).spec)
+    check_rows(config)
 
 
 def _again(coordinator: Coordinator, run: str, days: float) -> _Asked:
