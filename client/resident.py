@@ -88,14 +88,17 @@ class Resident:
         self._say(f"{rows} rows are readable")
         resident_base(plain, device_of(plain), self._reuse, self._say)
 
-    def examine(self) -> str:
-        """Hold the private step to its promise on this device, with the rows' model; return which.
+    def examine(self, asked: RunConfig) -> str:
+        """Hold the private step to its promise on this device; return which device that is.
+
+        Args:
+            asked: A run as a coordinator might ask for it.
 
         Raises:
             DoctorError: It does not hold.
-            FedlrError: As `load`.
+            FedlrError: As `load`, or the run does not fit the model.
         """
-        config = local_config(RunConfig(), self.declaration)
+        config = local_config(asked, self.declaration)
         size = self._terms(config).declared_size
         # The frozen layers of every row are not needed for it.
         kernels = replace(config.kernels, prefix_cache_mb=0)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlr.cli.arguments import Parser
+from fedlr.cli.compose import compose
+from fedlr.config import RunConfig
 from fedlr.deploy.site_folder import SiteFolder, SiteSettings, hand_over, write_site
 from fedlr.errors import ConfigError
 from fedlr.report.live import say
@@ -18,6 +20,8 @@ from fedlr.signing import check_public_key
 _ABOUT = """\
 Make the folder of a real site: policy, ledger, key of its node, units. Then check data, model,
 device and disk as `fedlr site check` does, and print the public key to hand over."""
+
+_OVERRIDES = "of a run as it will be asked for, e.g. adapter=query_value; the default job without"
 
 LEAST_FREE = 1_000_000_000
 """Bytes that must be free beside the ledger: every update that was paid for is kept there."""
@@ -45,11 +49,11 @@ def init(words: Sequence[str]) -> int:
         group=given.group or None,
         node_port=given.node_port,
     )
-    policy = _policy(given, settings)
+    asked, policy = compose(given.overrides), _policy(given, settings)
     made = write_site(given.folder, policy, settings)
     _make_ledger(made, policy, settings)
     say(f"made {made.folder}; its policy is {made.policy}")
-    _check(made.policy)
+    _check(made.policy, asked)
     left = hand_over(made, settings)
     if left:
         say("as root, so that nothing that a job contains can read the data:")
@@ -63,15 +67,17 @@ def check(words: Sequence[str]) -> int:
     """Check a site that exists; return 0."""
     parser = Parser("site check", "Check data, model, device, private step and disk of a site.")
     parser.add_argument("policy", type=Path, help="the operator's file, e.g. site.toml")
+    parser.add_argument("overrides", nargs="*", help=_OVERRIDES)
     given = parser.parse(words)
     if given is not None:
-        _check(given.policy)
+        _check(given.policy, compose(given.overrides))
     return 0
 
 
 def _parser() -> Parser:
     parser = Parser("site init", _ABOUT)
     parser.add_argument("folder", type=Path, help="is made, or is empty")
+    parser.add_argument("overrides", nargs="*", help=_OVERRIDES)
     needed = parser.add_argument_group("needed").add_argument
     needed("--client", required=True, help="public name of the site")
     needed("--data", required=True, type=Path, help="file or folder of rows, see data=file")
@@ -174,7 +180,7 @@ def _make_ledger(made: SiteFolder, policy: dict[str, Any], settings: SiteSetting
     SqliteLedger(made.ledger, policy["source_id"], disjoint=settings.disjoint).close()
 
 
-def _check(policy: Path) -> None:
+def _check(policy: Path, asked: RunConfig) -> None:
     """Say what was found; FedlrError where the site could not take part."""
     from client.declaration import read_declaration
     from client.resident import Resident
@@ -183,7 +189,7 @@ def _check(policy: Path) -> None:
     resident = Resident(declaration, say)
     try:
         resident.load()
-        device = resident.examine()
+        device = resident.examine(asked)
     finally:
         resident.close()
     say(f"the private step holds on {device}")
