@@ -175,6 +175,10 @@ class Federation:
         self.submit(*words, "--detach")
         return str(self.status()["runs"][-1]["run"])
 
+    def submit_again(self, run: str) -> str:
+        """Go on with a run without following it."""
+        return fedlr("submit", str(self.server), "--resume", run, "--detach")
+
     def status(self) -> dict[str, list[dict[str, str]]]:
         told = fedlr("status", str(self.server), "--json")
         found: dict[str, list[dict[str, str]]] = json.loads(told[told.index("{") :])
