@@ -64,7 +64,9 @@ def check(made: Federation, run: str, before: list[int]) -> list[RoundRecord]:
         spent = made.booked(index) - before[index]
         assert spent >= joins[f"client-{index:03d}"]
         assert spent <= 2 * ROUNDS
+    # Of everything in the ledgers, which earlier tests have written to.
     assert summary.epsilon_max is not None
+    assert 0.0 < summary.epsilon_max <= 100.0
     assert (folder / "adapter" / "adapter_config.json").exists()
     return read_rounds(folder / "rounds.jsonl")
 
