@@ -32,8 +32,12 @@ def check_claims(update: ClientUpdate | Abstention, client: str) -> None:
     Raises:
         BadUpdate: ``names`` where the update names another client or a negative
             ε; ``not_finite`` where ε is NaN. ∞ is a valid ε (dry mode).
+
+    Edge cases:
+        An abstention may name nobody: a real site's proxy that does not reach the agent does
+        not know whose it is, and the reply is that of the node that was asked.
     """
-    if update.client != client:
+    if update.client != client and (update.client or isinstance(update, ClientUpdate)):
         raise BadUpdate("names", f"client = {update.client!r} but the node announced {client!r}")
     if update.epsilon is not None and math.isnan(update.epsilon):
         raise BadUpdate("not_finite", f"{client}: epsilon is NaN")

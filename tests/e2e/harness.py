@@ -242,11 +242,10 @@ def write_rows(folder: Path, words: Sequence[str], clients: int) -> tuple[str, .
     return data.label_names
 
 
-def bring_up(
-    folder: Path, words: list[str], clients: int = 3, model: str = "embedded"
-) -> Federation:
+def bring_up(made: Federation, clients: int, model: str) -> None:
     """Do what ``docker/README.md`` tells the administrators to do, and wait until all is up."""
-    made = Federation(folder, words)
+    folder, words = made.folder, made.words
+    checked = [word for word in words if word.startswith(("model", "adapter"))]
     labels = write_rows(folder, words, clients)
     port = free_port()
     fedlr("server", "init", str(made.server), "--host", "127.0.0.1", "--port", str(port))
@@ -256,7 +255,7 @@ def bring_up(
     named = [word for label in labels for word in ("--label", label)]
     for index in range(clients):
         fedlr(
-            *("site", "init", str(made.site(index)), "--client", f"client-{index:03d}"),
+            *("site", "init", str(made.site(index)), *checked, "--client", f"client-{index:03d}"),
             *("--data", str(folder / f"rows-{index}.jsonl"), *named, "--public"),
             *("--server", f"127.0.0.1:{port}", "--authority", str(made.server / "ca.crt")),
             *("--coordinator", key, "--epsilon-total", "100", "--disjoint", "made for a test"),
@@ -275,7 +274,6 @@ def bring_up(
         agent = made.programs[f"agent-{index}"]
         wait_for(f"agent {index}", lambda agent=agent: "serving at" in agent.text)  # type: ignore[misc]
     wait_for("all nodes", lambda: len(made.online()) == clients)
-    return made
 
 
 @contextmanager
@@ -285,7 +283,7 @@ def federation(
     """`bring_up`, and an end in any case; what the programs said is shown where a test fails."""
     made = Federation(folder, words)
     try:
-        made = bring_up(folder, words, clients, model)
+        bring_up(made, clients, model)
         yield made
     except BaseException:
         print(made.logs())

@@ -46,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
 def long_run(made: Federation) -> str:
     """A run whose rounds take a few seconds at the sites, past its first round."""
     before = [made.booked(index) for index in range(CLIENTS)]
-    run = made.begin("optimizer.steps=1500", "privacy.epsilon=20")
+    run = made.begin("optimizer.steps=250", "optimizer.learning_rate=1e-4", "privacy.epsilon=20")
     wait_for("round 1", lambda: made.rounds(run) >= 1, 200)
     wait_for("round 2 at a site", lambda: made.booked(0) > before[0] + 1, 60)
     return run

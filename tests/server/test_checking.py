@@ -11,7 +11,7 @@ import torch
 
 from fedlr.errors import BadUpdate
 from fedlr.methods.method import ClientUpdate, GlobalState, PartKey, Phase, Role
-from fedlr.training.jobs import Job
+from fedlr.training.jobs import Abstention, Job
 from server.checking import LARGEST_NORM, check_claims, check_update, references
 from tests.server.toys import LAYOUT, ToySite, first_state, method, with_parts
 from tests.server.toys import PROVENANCE as DIGESTS
@@ -174,3 +174,11 @@ def test_a_false_claim_is_refused(code: str, changes: dict[str, str | float]) ->
     with pytest.raises(BadUpdate) as caught:
         check_claims(replace(update, **changes), "client-00")  # type: ignore[arg-type]
     assert caught.value.code == code
+
+
+def test_a_proxy_that_reaches_no_agent_may_name_nobody() -> None:
+    check_claims(Abstention("", "failed"), "client-00")
+    with pytest.raises(BadUpdate, match="announced"):
+        check_claims(Abstention("client-01", "failed"), "client-00")
+    with pytest.raises(BadUpdate, match="announced"):
+        check_claims(ClientUpdate("", {}, 1), "client-00")
