@@ -42,7 +42,7 @@ class Journal(Protocol):
     def abandoned(self, refused: Collection[str]) -> None:
         """Forget the nonces of these clients in a round that was given up.
 
-        A resumed run asks them anew; the others have paid, and give what they gave.
+        The next try asks them anew; the others have paid, or may have, and give what they gave.
         """
         ...
 

@@ -92,28 +92,19 @@ def settle(config: RunConfig, facts: RunFacts, order: SiteOrder, outcome: Outcom
 
 
 def reported(config: RunConfig, facts: RunFacts, outcome: Outcome) -> Outcome:
-    """Return ``outcome`` with ε of every real site: what it reported last.
-
-    A site that reported none has spent at most what the run may cost, which its agent
-    enforces; nothing, where it was never asked.
+    """Return ``outcome`` with what must be known of ε where sites are real: it is what they
+    reported. A site that reported none has an unknown one, which nothing bounds here.
     """
     if config.privacy.mode != "dp":
         return outcome
-    asked = {client for record in outcome.records for client in record.cohort}
-    names = [client.client for client in facts.clients]
-    bounds = {name: config.privacy.epsilon if name in asked else 0.0 for name in names}
-    silent = [name for name in names if name in asked and name not in outcome.epsilon]
+    silent = [one.client for one in facts.clients if one.client not in outcome.epsilon]
     notices: tuple[str, ...] = (
-        "ε is what each site reported with its last update, of everything in its ledger; what it "
-        "may have spent on later rounds, whose updates did not come, its operator knows.",
+        "ε is what each site reported with its last update that came, of everything in its ledger; "
+        "what it spent on later rounds, whose updates did not come, its operator knows.",
     )
     if silent:
-        notices += (
-            f"{', '.join(silent)} reported no ε: the bound of the run, which their agents keep to, "
-            "is shown.",
-        )
-    merged = {**bounds, **outcome.epsilon}
-    return replace(outcome, epsilon=merged, notices=(*outcome.notices, *notices))
+        notices += (f"{', '.join(silent)} reported no ε: it is unknown here.",)
+    return replace(outcome, notices=(*outcome.notices, *notices))
 
 
 def summarise(config: RunConfig, facts: RunFacts, outcome: Outcome, wall_s: float) -> Summary:

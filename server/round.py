@@ -124,13 +124,23 @@ class OpenRound:
 
     @property
     def answering(self) -> set[str]:
-        """Clients of the cohort that did not fail."""
-        return {member.client for member in self.cohort} - self.failing
+        """Clients of the cohort that gave what they were asked for; late is neither that nor a
+        failure.
+        """
+        return {member.client for member in self.cohort} - self._refused_with(LATE) - self.failing
 
     @property
     def failing(self) -> set[str]:
         """Clients that did not give what they were asked for, and could have."""
         return {refusal.client for refusal in self.refused if refusal.code not in (QUORUM, LATE)}
+
+    @property
+    def doubtful(self) -> set[str]:
+        """Clients that may have paid under their nonce, and whose answer never came."""
+        return self._refused_with(NO_ANSWER, LATE, FAILED)
+
+    def _refused_with(self, *codes: str) -> set[str]:
+        return {refusal.client for refusal in self.refused if refusal.code in codes}
 
     def close_phase(self) -> list[ClientUpdate]:
         """Return the accepted updates of the phase in client order; refuse the others."""

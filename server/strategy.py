@@ -286,7 +286,8 @@ class FederatedStrategy(Strategy):
         if not again:
             tries = "" if self._attempts == 1 else f"; it was tried {self._attempts} times"
             self._stopped = reason + tries
-        refused = [refusal.client for refusal in opened.refused]
+        # Who may have paid keeps the nonce: where it did, the answer is there and costs nothing.
+        refused = {refusal.client for refusal in opened.refused} - opened.doubtful
         opened.abandon()
         self._at = replace(
             self._at,

@@ -186,7 +186,7 @@ class FederationConfig:
         min_clients: Fewer accepted updates than this end the run cleanly, or have the round
             tried again.
         spare_clients: Clients asked beyond the cohort: a round goes on once the cohort's
-            number has answered, and the others have paid for nothing.
+            number has answered, and the others have spent their ε in vain.
         retries: Times that a round below ``min_clients`` is tried again; who has paid for it
             gives the same update.
         retry_wait_s: Seconds before each of those.

@@ -280,7 +280,14 @@ def _texts(made: Coordinator, settings: ServerSettings) -> dict[str, str]:
             command=words,
             environment=made.environment(),
             user=settings.user,
-            writable=(made.folder,),
+            paths={
+                "ReadWritePaths": (made.folder,),
+                # A ServerApp that a stranger submitted must not sign orders.
+                "InaccessiblePaths": (
+                    made.key,
+                    *([] if settings.authority else [made.authority_key]),
+                ),
+            },
             stop_s=90,  # Flower's own programs wait for one another
         )
     return texts

@@ -227,7 +227,7 @@ def _units(made: SiteFolder, settings: SiteSettings) -> dict[str, str]:
             command=made.agent_command(),
             environment={name: OFFLINE[name] for name in OFFLINE if not name.startswith("FLWR")},
             user=settings.user,
-            writable=(made.folder,),
+            paths={"ReadWritePaths": (made.folder,)},
             stop_s=AGENT_STOP_S,
         ),
         "fedlr-supernode.service": unit(
@@ -235,7 +235,7 @@ def _units(made: SiteFolder, settings: SiteSettings) -> dict[str, str]:
             command=made.node_command(settings.server, settings.node_port),
             environment=made.node_environment(),
             user=settings.node_user,
-            writable=(made.node,),
+            paths={"ReadWritePaths": (made.node,)},
             stop_s=60,
         ),
     }

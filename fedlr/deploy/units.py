@@ -11,7 +11,7 @@ def unit(
     command: Sequence[str],
     environment: Mapping[str, str],
     user: str,
-    writable: Sequence[Path],
+    paths: Mapping[str, Sequence[Path]],
     stop_s: int,
 ) -> str:
     """Return a unit that is started again whatever ends it, and sees a read-only system.
@@ -21,15 +21,18 @@ def unit(
         command: Program and its words.
         environment: Its variables.
         user: Who it runs as.
-        writable: Folders that it may write to.
+        paths: Places by systemd's word for them, such as ``ReadWritePaths``.
         stop_s: Seconds it gets to stop.
 
     Example:
-        >>> made = unit("a b", ["/bin/a", "x y"], {"K": "v"}, "u", [Path("/p")], stop_s=5)
+        >>> made = unit("a b", ["/bin/a", "x y"], {"K": "v"}, "u", {}, stop_s=5)
         >>> [line for line in made.splitlines() if line.startswith("ExecStart")]
         ['ExecStart=/bin/a "x y"']
     """
     variables = "\n".join(f"Environment={_quoted(f'{k}={v}')}" for k, v in environment.items())
+    places = "\n".join(
+        f"{name}={' '.join(_quoted(str(path)) for path in found)}" for name, found in paths.items()
+    )
     return f"""\
 [Unit]
 Description={description}
@@ -53,7 +56,7 @@ ProtectHome=read-only
 ProtectKernelTunables=yes
 ProtectControlGroups=yes
 RestrictSUIDSGID=yes
-ReadWritePaths={" ".join(_quoted(str(path)) for path in writable)}
+{places}
 
 [Install]
 WantedBy=multi-user.target

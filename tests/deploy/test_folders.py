@@ -63,6 +63,9 @@ def test_the_world_reaches_the_nodes_paths_and_nothing_else(made: Coordinator) -
     assert "--enable-supernode-auth" in superlink
     assert "--isolation process" in superlink
     assert "--insecure" not in superlink
+    for name in ("fedlr-superlink", "fedlr-superexec"):
+        text = (made.folder / f"{name}.service").read_text()
+        assert f"InaccessiblePaths={made.key} {made.authority_key}\n" in text
 
 
 def test_flower_finds_the_connection(made: Coordinator) -> None:
@@ -206,7 +209,14 @@ def test_a_certificate_that_is_not_there_leaves_no_folder(tmp_path: Path) -> Non
 
 
 def test_a_unit_reads_words_as_systemd_does() -> None:
-    text = unit("d", ["/bin/a", 'b "c" 50%', "$HOME"], {"K": "a b"}, "u", [Path("/x y")], 7)
+    text = unit(
+        "d",
+        ["/bin/a", 'b "c" 50%', "$HOME"],
+        {"K": "a b"},
+        "u",
+        {"ReadWritePaths": [Path("/x y")]},
+        7,
+    )
     lines = text.splitlines()
     assert 'ExecStart=/bin/a "b \\"c\\" 50%%" $$HOME' in lines
     assert 'Environment="K=a b"' in lines

@@ -105,8 +105,28 @@ def test_a_round_below_the_quorum_is_tried_again_and_nobody_pays_twice() -> None
     assert [len(site.asked) for site in sites] == [5, 5, 5, 5]
     assert [site.site.joins for site in sites] == [3, 3, 3, 3]
     assert sites[1].asked[0] == sites[1].asked[1] == sites[1].asked[2]
-    assert len(set(sites[0].asked)) == 5  # it had paid for none of the others
+    assert len(set(sites[0].asked)) == 3  # it might have paid, so it keeps its nonce
     assert outcome.epsilon == dict.fromkeys(whole.epsilon, 3.0)
+
+
+def test_who_paid_and_was_not_heard_is_asked_for_the_same_again() -> None:
+    """Both answers of the first try are lost on their way: the sites have paid, and do so once."""
+    lost: list[int] = []
+
+    def lose(replies: list[Message]) -> list[Message]:
+        if lost:
+            return replies
+        lost.append(len(replies))
+        return replies[2:]
+
+    sites = four()
+    settings = config(clients_per_round=4, min_clients=4, patience=patient(retries=1))
+    grid = grid_of(sites, tamper=lose)
+    outcome = strategy(settings, hooks=hooks([])).run(grid)
+    assert outcome.stopped_reason is None
+    assert lost == [4]
+    assert [site.site.joins for site in sites] == [3, 3, 3, 3]
+    assert [len(set(site.asked)) for site in sites] == [3, 3, 3, 3]
 
 
 def test_after_the_last_try_the_run_ends_and_says_how_often() -> None:
@@ -197,6 +217,17 @@ def test_without_spare_clients_every_answer_counts() -> None:
     settings = config(clients_per_round=4, min_clients=3)
     outcome = run(four(), settings)
     assert [r.accepted for r in outcome.records] == [4, 4, 4]
+
+
+def test_late_neither_counts_nor_forgives() -> None:
+    """A node that is gone stays paused where the others answer first."""
+    waits = BackOff(longest=8)
+    waits.closed(answered=[], failed=["a"])
+    waits.closed(answered=["b"], failed=[])  # a was late, which is in neither
+    waits.closed(answered=["b"], failed=["a"])
+    assert waits.paused() == {"a"}
+    waits.closed(answered=["b"], failed=[])
+    assert waits.paused() == {"a"}  # two in a row, not one
 
 
 def test_late_is_no_failure() -> None:

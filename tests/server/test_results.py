@@ -71,7 +71,8 @@ def test_the_tool_is_told_before_anything_is_drawn(
         start=SimpleNamespace(records=()),
         began=0.0,
         tracker=SimpleNamespace(finish=lambda summary: calls.append("tracker")),
-        **dict.fromkeys(("config", "facts", "order", "workbench", "folder")),
+        order="an order",
+        **dict.fromkeys(("config", "facts", "workbench", "folder")),
     )
     session.Session.finish(given, run(toy_sites()))
     assert calls == ["settle", "summarise", "write_results", "tracker", "write_page"]
@@ -79,7 +80,7 @@ def test_the_tool_is_told_before_anything_is_drawn(
 
 def test_a_session_whose_order_cannot_be_left_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[bool] = []
-    begun = SimpleNamespace(order=None, close=lambda: closed.append(True))
+    begun = SimpleNamespace(simulated=None, close=lambda: closed.append(True))
     monkeypatch.setattr(main, "build", lambda config, say: None)
     monkeypatch.setattr(main, "begin", lambda *_: begun)
     monkeypatch.setattr(main, "write_order", fail)
@@ -106,7 +107,7 @@ def test_a_tracker_that_cannot_be_opened_leaves_the_run_to_others(
     monkeypatch.setattr(session, "read_config", lambda folder, facts: RunConfig())
     monkeypatch.setattr(session, "build", Mock())
     monkeypatch.setattr(session, "books", Mock())
-    for name in ("facts_of", "check_same", "check_policies", "_examine", "_first", "order_of"):
+    for name in ("facts_of", "check_same", "check_policies", "_examine", "first", "order_of"):
         monkeypatch.setattr(session, name, lambda *_: SimpleNamespace(records=()))
     monkeypatch.setattr(session, "open_tracker", refuse)
     monkeypatch.setattr(session, "FileJournal", Journal)
