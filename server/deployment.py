@@ -81,7 +81,7 @@ def run_deployed(grid: Grid, text: str) -> Path:
     known = run.known
     enough = None if known is None else run.settings.min_clients
     found = gather(watched, run.settings, run.workbench.provenance, enough)
-    members = found if known is None else _those_of(known, found)
+    members = found if known is None else _those_of(known, found, run.settings.min_clients)
     session = _begun(run, members) if known is None else _continued(run, known)
     try:
         outcome = session.strategy(run.settings, members).run(watched)
@@ -168,11 +168,11 @@ def _clients(members: Membership) -> tuple[ClientFacts, ...]:
     )
 
 
-def _those_of(facts: RunFacts, found: Membership) -> Membership:
+def _those_of(facts: RunFacts, found: Membership, least: int) -> Membership:
     """Return the members that the run began with; others, and other numbers, are left out.
 
     Raises:
-        RunError: Nobody is left.
+        RunError: Fewer than ``least`` are left: no round could be completed.
     """
     known = {client.client: client for client in facts.clients}
     now = {client.client: client for client in _clients(found)}
@@ -183,7 +183,10 @@ def _those_of(facts: RunFacts, found: Membership) -> Membership:
         + ("it is new to the run." if client not in known else "it declares other numbers now.")
         for client in others
     )
-    if not kept:
-        raise RunError(f"no client of the run is left: {' '.join(notices)}")
+    if len(kept) < least:
+        raise RunError(
+            f"{len(kept)} clients of the run are left, federation.min_clients = {least} are "
+            f"needed: {' '.join(notices)} Bring the others back as they were"
+        )
     members = tuple(replace(member, index=index) for index, member in enumerate(kept))
     return Membership(members, (*found.notices, *notices))

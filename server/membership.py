@@ -116,7 +116,9 @@ def _ask(grid: Grid, config: StrategyConfig) -> dict[int, SiteStatus]:
             statuses |= found
             waiting |= dict.fromkeys(later, time.monotonic() + ASK_AGAIN_S)
         left = deadline - time.monotonic()
-        if len(statuses) + len(broken) >= config.clients or left <= 0:
+        undecided = waiting.keys() - statuses.keys() - broken
+        settled = len(statuses) + len(broken) >= config.clients and not undecided
+        if len(statuses) >= config.clients or settled or left <= 0:
             return statuses
         time.sleep(min(POLL_S, left))
 

@@ -205,7 +205,7 @@ def test_a_site_that_is_new_or_has_changed_is_left_out_of_a_run_that_goes_on(
         facts["clients"][0]["client"] = "client-900"
         (made.folder / "run.json").write_text(json.dumps(facts))
         with pytest.raises(
-            RunError, match=r"no client of the run is left.*new to the run.*numbers"
+            RunError, match=r"0 clients of the run are left.*new to the run.*numbers"
         ):
             run_deployed(made.grid(order), order)
     summary = read_summary(folder / "summary.json")

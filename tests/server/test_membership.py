@@ -135,3 +135,30 @@ def test_too_few_admitted_clients_cannot_start() -> None:
     assert names(grid_of(sites), min_clients=1) == ["client-03"]
     with pytest.raises(RunError, match="1 clients were admitted, at least 2"):
         gather(grid_of(sites), config(min_clients=2), PROVENANCE)
+
+
+def test_one_that_refuses_does_not_end_the_wait_for_those_who_are_not_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(membership, "POLL_S", 0.01)
+    monkeypatch.setattr(membership, "ASK_AGAIN_S", 0.01)
+    asked: list[int] = []
+
+    def answers(
+        grid: InProcessGrid, nodes: list[int], timeout: float, broken: set[int]
+    ) -> tuple[dict[int, SiteStatus], list[int]]:
+        """Node 1 refuses, 2 answers, and 3 has to be approved first."""
+        asked.append(len(nodes))
+        broken |= {1} & set(nodes)
+        ready = {2, 3} if len(asked) > 3 else {2}
+        found = {n: ToySite(f"client-0{n}", n).status() for n in nodes if n in ready}
+        return found, [n for n in nodes if n == 3 and n not in ready]
+
+    class Three:
+        def get_node_ids(self) -> list[int]:
+            return [1, 2, 3]
+
+    monkeypatch.setattr(membership, "_answers", answers)
+    settings = config(clients=2, clients_per_round=2, start_timeout_s=30)
+    found = gather(Three(), settings, PROVENANCE)  # type: ignore[arg-type]
+    assert [member.node for member in found.members] == [2, 3]
