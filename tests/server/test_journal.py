@@ -242,16 +242,23 @@ def test_a_phase_is_asked_again_under_its_nonces_until_the_round_is_closed(tmp_p
     second.close()
 
 
-def test_a_round_that_was_given_up_is_asked_anew_after_a_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "anew"), [("forfeited", True), ("policy", True), ("failed", False)]
+)
+def test_a_round_that_was_given_up_is_asked_anew_where_nothing_was_paid_unheard(
+    tmp_path: Path, code: str, anew: bool
+) -> None:
+    """Who failed may have paid: the same nonce brings the update, or `forfeited`, for nothing."""
     journal = FileJournal(tmp_path)
-    lazy = Wrapped(toy_sites(1)[0], lambda update, job: Abstention(update.client, "failed"))
+    lazy = Wrapped(toy_sites(1)[0], lambda update, job: Abstention(update.client, code))
     hooks = Hooks(evaluate, RoundLog(tmp_path / ROUNDS_FILE), journal=journal)
     settings = config(clients=1, clients_per_round=1)
     start = Checkpoint(first_state())
     FederatedStrategy(settings, method(), start, PROVENANCE, hooks).run(grid_of([lazy]))
     journal.close()
     assert [record.accepted for record in read_rounds(tmp_path / ROUNDS_FILE)] == [0]
-    assert FileJournal(tmp_path).sending(0, 0, {"client-00": "new"}) == {"client-00": "new"}
+    asked = FileJournal(tmp_path).sending(0, 0, {"client-00": "new"})["client-00"]
+    assert (asked == "new") is anew
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
