@@ -94,6 +94,11 @@ def run_deployed(grid: Grid, text: str) -> Path:
     return session.folder
 
 
+def over_a_network(settings: StrategyConfig) -> StrategyConfig:
+    """Return ``settings`` with a bound on every round."""
+    return replace(settings, round_timeout_s=settings.round_timeout_s or ROUND_TIMEOUT_S)
+
+
 def folder_of(order: RunOrder, config: RunConfig) -> Path:
     """Return the folder of the run of an order."""
     return output_folder(config.output) / order.run
@@ -112,8 +117,7 @@ def server_rows(config: RunConfig) -> OwnRows:
 def _prepared(order: RunOrder) -> _Run:
     began, config = time.monotonic(), from_json(order.config)
     check_tracking(config)
-    settings = strategy_config(config, order.run)
-    settings = replace(settings, round_timeout_s=settings.round_timeout_s or ROUND_TIMEOUT_S)
+    settings = over_a_network(strategy_config(config, order.run))
     workbench = build(config, say, own=server_rows(config))
     return _Run(order, config, folder_of(order, config), workbench, settings, began)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -19,7 +18,7 @@ from fedlr.orders import order_file, write_order
 from fedlr.report.folder import check_output, output_folder
 from fedlr.report.live import say
 from fedlr.report.tables import show_closing
-from server.deployment import ROUND_TIMEOUT_S, run_deployed
+from server.deployment import over_a_network, run_deployed
 from server.session import Session, begin, strategy_config
 
 SETTLED_S = 2.0
@@ -76,11 +75,7 @@ def run(grid: Grid, context: Context) -> None:
     count = count_nodes(grid, config.federation.start_timeout_s)
     session = _begin(for_nodes(config, count), context.run_id)
     try:
-        federation = session.config.federation
-        settings = replace(
-            strategy_config(session.config, session.facts.run),
-            round_timeout_s=federation.round_timeout_s or ROUND_TIMEOUT_S,
-        )
+        settings = over_a_network(strategy_config(session.config, session.facts.run))
         outcome = session.strategy(settings).run(grid)
         summary = session.finish(outcome)
     finally:

@@ -25,6 +25,17 @@ def missing(name: str, kind: str) -> str:
     return f"{name} is missing; {_WANTED.get(name) or f'give {name}=<{kind}>'}"
 
 
+def _patience_tests(config: RunConfig) -> list[tuple[Callable[..., Any], str, tuple[Any, ...]]]:
+    """Return how a run bears with clients that fail, to be held against its ranges."""
+    federation = config.federation
+    return [
+        (checks.at_least, "federation.spare_clients", (federation.spare_clients, 0)),
+        (checks.at_least, "federation.retries", (federation.retries, 0)),
+        (checks.non_negative, "federation.retry_wait_s", (federation.retry_wait_s,)),
+        (checks.at_least, "federation.longest_pause", (federation.longest_pause, 0)),
+    ]
+
+
 def range_problems(config: RunConfig) -> list[str]:
     """Fields that are outside their own range."""
     model, privacy, optimizer = config.model, config.privacy, config.optimizer
@@ -49,10 +60,7 @@ def range_problems(config: RunConfig) -> list[str]:
         (checks.at_least, "federation.evaluate_every", (federation.evaluate_every, 1)),
         (checks.at_least, "federation.average_rounds", (federation.average_rounds, 1)),
         (checks.positive, "federation.start_timeout_s", (federation.start_timeout_s,)),
-        (checks.at_least, "federation.spare_clients", (federation.spare_clients, 0)),
-        (checks.at_least, "federation.retries", (federation.retries, 0)),
-        (checks.non_negative, "federation.retry_wait_s", (federation.retry_wait_s,)),
-        (checks.at_least, "federation.longest_pause", (federation.longest_pause, 0)),
+        *_patience_tests(config),
         (checks.at_least, "federation.cpus_per_client", (federation.cpus_per_client, 1)),
         (checks.non_negative, "federation.gpus_per_client", (federation.gpus_per_client,)),
         (checks.at_least, "subspace.refresh_every", (config.subspace.refresh_every, 1)),

@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from fedlr.deploy.certificates import (
     read_authority,
     write_new,
 )
+from fedlr.deploy.fresh import fresh_folder
 from fedlr.deploy.units import unit
 from fedlr.errors import ConfigError
 from fedlr.signing import new_key
@@ -192,10 +192,8 @@ def write_coordinator(folder: Path, settings: ServerSettings) -> Coordinator:
     """
     made = Coordinator(folder.expanduser().absolute())
     authority = read_authority(*settings.authority) if settings.authority else None
-    draft = Coordinator(made.folder.with_name(f".{made.folder.name}.new-{secrets.token_hex(4)}"))
-    _check_free(made.folder)
-    try:
-        draft.folder.mkdir(parents=True, mode=0o750)
+    with fresh_folder(made.folder, mode=0o750) as folder_draft:
+        draft = Coordinator(folder_draft)
         new_key(draft.key)
         found = authority or new_authority(f"fedlr at {settings.hosts[0]}")
         write_new(draft.authority, found.certificate.public_bytes(Encoding.PEM))
@@ -209,15 +207,6 @@ def write_coordinator(folder: Path, settings: ServerSettings) -> Coordinator:
             place.mkdir(mode=0o750)
         for name, text in _texts(made, settings).items():
             write_new(draft.folder / name, text.encode())
-        if made.folder.exists():
-            made.folder.rmdir()
-        draft.folder.rename(made.folder)
-    except OSError as error:
-        raise ConfigError(
-            [f"{made.folder} cannot be made: {error.strerror or error}; give another place"]
-        ) from error
-    finally:
-        shutil.rmtree(draft.folder, ignore_errors=True)
     return made
 
 
@@ -261,11 +250,6 @@ def program(name: str) -> str:
 def search_path() -> str:
     """Return a PATH in which Flower's programs, which start one another, are found."""
     return os.pathsep.join((str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"))
-
-
-def _check_free(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError([f"{folder} exists already; give a folder that is new"])
 
 
 def _texts(made: Coordinator, settings: ServerSettings) -> dict[str, str]:

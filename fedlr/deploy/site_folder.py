@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from fedlr.deploy.certificates import new_node_key, write_new
 from fedlr.deploy.coordinator import OFFLINE, program, search_path
+from fedlr.deploy.fresh import fresh_folder
 from fedlr.deploy.units import unit
 from fedlr.errors import ConfigError
 
@@ -142,12 +142,9 @@ def write_site(folder: Path, policy: Mapping[str, Any], settings: SiteSettings) 
         ConfigError: It holds something, or cannot be made.
     """
     made = SiteFolder(folder.expanduser().absolute())
-    if made.folder.exists() and (not made.folder.is_dir() or any(made.folder.iterdir())):
-        raise ConfigError([f"{made.folder} exists already; give a folder that is new"])
-    draft = SiteFolder(made.folder.with_name(f".{made.folder.name}.new-{secrets.token_hex(4)}"))
-    try:
-        authority = settings.authority.read_bytes()
-        draft.folder.mkdir(parents=True)
+    # The node's user passes through what is the agent's; whatever is in it is closed on its own.
+    with fresh_folder(made.folder, mode=0o755) as folder_draft:
+        draft, authority = SiteFolder(folder_draft), settings.authority.read_bytes()
         draft.node.mkdir(mode=0o700)
         draft.ledger.parent.mkdir(mode=0o700)
         (draft.node / "flower").mkdir()
@@ -158,14 +155,6 @@ def write_site(folder: Path, policy: Mapping[str, Any], settings: SiteSettings) 
         write_new(draft.policy, policy_text(policy).encode(), 0o600)
         for name, text in _units(made, settings).items():
             write_new(draft.folder / name, text.encode())
-        if made.folder.exists():
-            made.folder.rmdir()
-        draft.folder.rename(made.folder)
-    except OSError as error:
-        place = error.filename or made.folder
-        raise ConfigError([f"{place}: {error.strerror or error}; give another place"]) from error
-    finally:
-        shutil.rmtree(draft.folder, ignore_errors=True)
     return made
 
 

@@ -100,7 +100,7 @@ def test_a_node_that_is_killed_is_done_without_until_it_is_back(
 ) -> None:
     run = long_run(made)
     made.programs["node-1"].kill()
-    check(made, run, before)
+    assert [record.round for record in check(made, run, before)] == [1, 2, 3, 4]
     wait_for("the node", lambda: len(made.online()) == CLIENTS, 150)
 
 
@@ -114,7 +114,7 @@ def test_a_client_app_that_is_killed_costs_its_round(made: Federation, before: l
     ).stdout.split()
     for pid in found:
         os.kill(int(pid), signal.SIGKILL)
-    check(made, run, before)
+    assert [record.round for record in check(made, run, before)] == [1, 2, 3, 4]
 
 
 def test_a_run_whose_server_app_is_killed_goes_on_under_the_same_order(
