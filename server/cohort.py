@@ -11,7 +11,7 @@ from fedlr import checks
 def cohort(
     seed: int,
     round: int,
-    clients: int,
+    clients: Collection[int],
     per_round: int,
     first: Collection[int] = (),
     last: Collection[int] = (),
@@ -25,13 +25,14 @@ def cohort(
     Args:
         seed: Public seed of the run, any integer.
         round: Zero-based round.
-        clients: Number of clients, K ≥ 1.
+        clients: Indices of those that may be drawn, K ≥ 1 of them. A client that is not
+            there changes the place of no other one.
         per_round: Cohort size, in [1, K].
         first: Clients that are taken before all others.
         last: Clients that are taken where there are too few others.
 
     Returns:
-        ``per_round`` distinct indices in [0, K), sorted.
+        ``per_round`` distinct ones of ``clients``, sorted.
 
     Raises:
         ValueError: An argument outside its range.
@@ -40,19 +41,19 @@ def cohort(
         Pure; equal on every machine and in every version of Python.
 
     Edge cases:
-        ``per_round == clients`` is full participation in every round.
+        ``per_round`` = K is full participation in every round.
 
     Example:
-        >>> cohort(seed=7, round=0, clients=3, per_round=3)
+        >>> cohort(seed=7, round=0, clients=range(3), per_round=3)
         (0, 1, 2)
-        >>> cohort(7, 0, 10, 4) == cohort(7, 0, 10, 4)
+        >>> cohort(7, 0, range(10), 4) == cohort(7, 0, range(10), 4)
         True
     """
     checks.at_least("round", round, 0)
-    checks.at_least("clients", clients, 1)
+    checks.at_least("clients", len(clients), 1)
     checks.at_least("per_round", per_round, 1)
-    checks.in_range("per_round", per_round, 1, clients)
-    order = [(i not in first, i in last, _key(seed, round, i), i) for i in range(clients)]
+    checks.in_range("per_round", per_round, 1, len(clients))
+    order = [(i not in first, i in last, _key(seed, round, i), i) for i in clients]
     return tuple(sorted(client for *_, client in sorted(order)[:per_round]))
 
 

@@ -79,8 +79,8 @@ def run_deployed(grid: Grid, text: str) -> Path:
     run = _prepared(announced(text))
     watched = WatchedGrid(grid, threading.Event(), POLL_S)
     known = run.known
-    enough = None if known is None else run.settings.min_clients
-    found = gather(watched, run.settings, run.workbench.provenance, enough)
+    names = None if known is None else [client.client for client in known.clients]
+    found = gather(watched, run.settings, run.workbench.provenance, names)
     members = found if known is None else _those_of(known, found, run.settings.min_clients)
     session = _begun(run, members) if known is None else _continued(run, known)
     try:
@@ -173,24 +173,23 @@ def _clients(members: Membership) -> tuple[ClientFacts, ...]:
 
 
 def _those_of(facts: RunFacts, found: Membership, least: int) -> Membership:
-    """Return the members that the run began with; others, and other numbers, are left out.
+    """Return the members whose numbers are those that the run began with.
 
     Raises:
         RunError: Fewer than ``least`` are left: no round could be completed.
     """
     known = {client.client: client for client in facts.clients}
     now = {client.client: client for client in _clients(found)}
-    kept = [member for member in found.members if known.get(member.client) == now[member.client]]
-    others = [member.client for member in found.members if member not in kept]
-    notices = tuple(
-        f"Client {client!r} is left out: "
-        + ("it is new to the run." if client not in known else "it declares other numbers now.")
-        for client in others
+    kept = tuple(m for m in found.members if known[m.client] == now[m.client])
+    others = tuple(
+        f"Client {member.client!r} is left out: it declares other numbers now."
+        for member in found.members
+        if member not in kept
     )
+    notices = (*found.notices, *others)
     if len(kept) < least:
         raise RunError(
             f"{len(kept)} clients of the run are left, federation.min_clients = {least} are "
             f"needed: {' '.join(notices)} Bring the others back as they were"
         )
-    members = tuple(replace(member, index=index) for index, member in enumerate(kept))
-    return Membership(members, (*found.notices, *notices))
+    return Membership(kept, notices)

@@ -35,14 +35,19 @@ class Journal(Protocol):
         """
         ...
 
+    def asked(self, round: int) -> frozenset[str]:
+        """Return the clients that hold a nonce of ``round``: they have paid for it, or may have."""
+        ...
+
     def finished(self, checkpoint: Checkpoint) -> None:
         """Store where the run stands after a closed round, abandoned or not."""
         ...
 
     def abandoned(self, refused: Collection[str]) -> None:
-        """Forget the nonces of these clients in a round that was given up.
+        """Forget the last nonce of each of these clients in a round that was given up.
 
-        The next try asks them anew; the others have paid, or may have, and give what they gave.
+        It is that of the phase in which they refused: the next try asks them anew there. What
+        they answered before, and what others answered or may have, is paid for, and given again.
         """
         ...
 
@@ -53,6 +58,10 @@ class NoJournal:
     def sending(self, round: int, phase: int, nonces: Mapping[str, str]) -> Mapping[str, str]:
         """Return ``nonces``."""
         return nonces
+
+    def asked(self, round: int) -> frozenset[str]:
+        """Return nobody."""
+        return frozenset()
 
     def finished(self, checkpoint: Checkpoint) -> None:
         """Do nothing."""

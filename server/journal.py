@@ -31,7 +31,11 @@ JOURNAL, CHECKPOINT, SENDING, HEAD = (
     "sending.json",
     "head.safetensors",
 )
-_SCHEMA, _WITHOUT_RANKS = "fedlr.journal.2", "fedlr.journal.1"
+_SCHEMA, _WITHOUT_UNHEARD, _WITHOUT_RANKS = (
+    "fedlr.journal.3",
+    "fedlr.journal.2",
+    "fedlr.journal.1",
+)
 _LOCK_S = 0.5
 """A report that looks whether a run is going on holds the lock for less."""
 
@@ -51,6 +55,7 @@ class _Header:
     joins: Mapping[str, int]
     steps: Mapping[str, int]
     epsilon: Mapping[str, float]
+    unheard: tuple[str, ...]
     accuracy_start: float | None
     ranks: tuple[Mapping[str, int], ...]
     holders: Mapping[str, str]
@@ -100,12 +105,18 @@ class FileJournal:
         self._write_sending(_Sending(round, phases))
         return {client: known.get(client, nonce) for client, nonce in nonces.items()}
 
+    def asked(self, round: int) -> frozenset[str]:
+        """See `server.hooks.Journal.asked`."""
+        phases = self._sending.phases.values() if self._sending.round == round else ()
+        return frozenset(client for nonces in phases for client in nonces)
+
     def abandoned(self, refused: Collection[str]) -> None:
         """See `server.hooks.Journal.abandoned`."""
-        phases = {
-            phase: {client: nonce for client, nonce in nonces.items() if client not in refused}
-            for phase, nonces in self._sending.phases.items()
-        }
+        left, phases = set(refused), dict[str, Mapping[str, str]]()
+        for phase in sorted(self._sending.phases, key=int, reverse=True):
+            nonces = self._sending.phases[phase]
+            phases[phase] = {c: nonce for c, nonce in nonces.items() if c not in left}
+            left -= nonces.keys()
         self._write_sending(_Sending(self._sending.round, phases))
 
     def finished(self, checkpoint: Checkpoint) -> None:
@@ -172,6 +183,7 @@ def read_checkpoint(folder: Path, layout: Layout) -> Checkpoint | None:
         joins=header.joins,
         steps=header.steps,
         epsilon=header.epsilon,
+        unheard=frozenset(header.unheard),
         accuracy_start=header.accuracy_start,
         holders=header.holders,
     )
@@ -211,6 +223,7 @@ def _encode(checkpoint: Checkpoint) -> bytes:
         joins=checkpoint.joins,
         steps=checkpoint.steps,
         epsilon=checkpoint.epsilon,
+        unheard=tuple(sorted(checkpoint.unheard)),
         accuracy_start=checkpoint.accuracy_start,
         ranks=tuple(state.ranks for state in states),
         holders=checkpoint.holders,
@@ -219,11 +232,13 @@ def _encode(checkpoint: Checkpoint) -> bytes:
 
 
 def _migrated(text: str) -> str:
-    """Return a header as it is written today; one without ranks tells of a run that had none."""
+    """Return a header as it is written today: what an earlier one lacks, its run did not have."""
     found = json.loads(text)
-    if isinstance(found, dict) and found.get("schema") == _WITHOUT_RANKS:
-        states = len(found.get("rounds", ()))
-        return json.dumps({**found, "schema": _SCHEMA, "ranks": [{}] * states, "holders": {}})
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema == _WITHOUT_RANKS:
+        found |= {"ranks": [{}] * len(found.get("rounds", ())), "holders": {}}
+    if schema in (_WITHOUT_RANKS, _WITHOUT_UNHEARD):
+        return json.dumps({**found, "schema": _SCHEMA, "unheard": []})
     return text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from flwr.serverapp import Grid
@@ -32,7 +32,7 @@ class Member:
     """A client of the run.
 
     Attributes:
-        index: Rank of its name among the admitted ones; cohorts draw indices.
+        index: Rank of its name among those that the run began with; cohorts draw indices.
         node: Flower's id of its node.
         status: What it announced.
     """
@@ -56,7 +56,10 @@ class Membership:
 
 
 def gather(
-    grid: Grid, config: StrategyConfig, provenance: Provenance, enough: int | None = None
+    grid: Grid,
+    config: StrategyConfig,
+    provenance: Provenance,
+    known: Collection[str] | None = None,
 ) -> Membership:
     """Ask every node for its status until ``config.clients`` have answered.
 
@@ -67,26 +70,29 @@ def gather(
         grid: Connects to the nodes.
         config: Of the federation.
         provenance: What clients must hold.
-        enough: Answers that are enough at the deadline, in a run that goes on without some
-            of its clients; None needs all of them.
+        known: Clients of a run that goes on, which wants these and no others, and can do
+            without some of them; None begins a run.
 
     Returns:
         Clients in the order of their names, so that the order of the nodes has
         no influence. Left out, with a notice each: another provenance, a name
-        that two nodes claim, and names beyond ``config.clients``.
+        that two nodes claim, a name that is not ``known``, and names beyond
+        ``config.clients``.
 
     Raises:
         RunError: Too few answers in time, or fewer than ``config.min_clients``
             admitted.
     """
-    statuses = _ask(grid, config)
-    if len(statuses) < (config.clients if enough is None else enough):
+    statuses = _ask(grid, config, known)
+    wanted = config.clients if known is None else len(known)
+    answered = _counted(statuses, known)
+    if answered < (wanted if known is None else config.min_clients):
         raise RunError(
-            f"{len(statuses)} of {config.clients} clients answered within "
+            f"{answered} of {wanted} clients answered within "
             f"{config.start_timeout_s:g} s ({_names(statuses)}); look at the log of the others for "
             "why they cannot run, start the missing ones, or lower federation.clients"
         )
-    membership = _admit(statuses, config, provenance)
+    membership = _admit(statuses, config, provenance, known)
     for notice in membership.notices:
         _log.warning("%s", notice)
     if len(membership.members) < config.min_clients:
@@ -97,8 +103,11 @@ def gather(
     return membership
 
 
-def _ask(grid: Grid, config: StrategyConfig) -> dict[int, SiteStatus]:
+def _ask(
+    grid: Grid, config: StrategyConfig, known: Collection[str] | None
+) -> dict[int, SiteStatus]:
     """Return the valid statuses by node id."""
+    wanted = config.clients if known is None else len(known)
     deadline = time.monotonic() + config.start_timeout_s
     statuses: dict[int, SiteStatus] = {}
     broken: set[int] = set()
@@ -117,8 +126,9 @@ def _ask(grid: Grid, config: StrategyConfig) -> dict[int, SiteStatus]:
             waiting |= dict.fromkeys(later, time.monotonic() + ASK_AGAIN_S)
         left = deadline - time.monotonic()
         undecided = waiting.keys() - statuses.keys() - broken
-        settled = len(statuses) + len(broken) >= config.clients and not undecided
-        if len(statuses) >= config.clients or settled or left <= 0:
+        answered = _counted(statuses, known)
+        settled = answered + len(broken) >= wanted and not undecided
+        if answered >= wanted or settled or left <= 0:
             return statuses
         time.sleep(min(POLL_S, left))
 
@@ -149,8 +159,16 @@ def _answers(
     return statuses, later
 
 
+def _counted(statuses: Mapping[int, SiteStatus], known: Collection[str] | None) -> int:
+    """Return how many answers are of clients that the run wants."""
+    return sum(known is None or status.client in known for status in statuses.values())
+
+
 def _admit(
-    statuses: Mapping[int, SiteStatus], config: StrategyConfig, provenance: Provenance
+    statuses: Mapping[int, SiteStatus],
+    config: StrategyConfig,
+    provenance: Provenance,
+    known: Collection[str] | None,
 ) -> Membership:
     notices = []
     claims = Counter(status.client for status in statuses.values())
@@ -164,13 +182,18 @@ def _admit(
         elif status.provenance != provenance:
             differing = ", ".join(_differing(status.provenance, provenance))
             notices.append(f"Client {status.client!r} is left out: it holds another {differing}.")
+        elif known is not None and status.client not in known:
+            notices.append(f"Client {status.client!r} is left out: it is new to the run.")
         elif len(admitted) == config.clients:
             notices.append(
                 f"Client {status.client!r} is left out: {config.clients} clients are configured."
             )
         else:
             admitted[status.client] = (node, status)
-    members = [Member(i, node, status) for i, (node, status) in enumerate(admitted.values())]
+    order = sorted(admitted if known is None else known)
+    members = [
+        Member(index, *admitted[client]) for index, client in enumerate(order) if client in admitted
+    ]
     return Membership(tuple(members), tuple(notices))
 
 

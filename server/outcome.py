@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -113,6 +114,8 @@ class Checkpoint:
         joins: Rounds in which a client's update was aggregated, by client.
         steps: Local steps over those rounds, by client.
         epsilon: Latest ε that each client reported; empty where privacy is off.
+        unheard: Clients that were asked to train since, and whose answer did not come: they
+            may have spent more.
         accuracy_start: Accuracy before round 0; None if not evaluated.
         holders: Digest of the basis that each client is believed to hold
             (`fedlr.training.downlink`). A belief: where it is wrong, the client says so
@@ -128,12 +131,21 @@ class Checkpoint:
     joins: Mapping[str, int] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
     epsilon: Mapping[str, float] = field(default_factory=dict)
+    unheard: frozenset[str] = frozenset()
     accuracy_start: float | None = None
     holders: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.state.phase != 0:
             raise ValueError(f"state.phase = {self.state.phase} must be 0; keep whole rounds")
+
+    @property
+    def epsilon_bound(self) -> dict[str, float]:
+        """`epsilon`, and ∞ for the unheard: no ε may look smaller than it is. Empty where nobody
+        reports one, as without privacy.
+        """
+        unknown = dict.fromkeys(sorted(self.unheard), math.inf)
+        return {**self.epsilon, **unknown} if self.epsilon else {}
 
     @property
     def parts(self) -> Parts:
@@ -157,6 +169,7 @@ class Outcome:
             client has an entry.
         steps: Local steps over those rounds, likewise.
         epsilon: Latest ε of each client that reported one.
+        unheard: As in `Checkpoint`.
         statuses: What each admitted client announced, in client order.
         notices: Sentences a reader of the numbers must know.
     """
@@ -172,4 +185,5 @@ class Outcome:
     steps: Mapping[str, int]
     epsilon: Mapping[str, float]
     statuses: Mapping[str, SiteStatus]
+    unheard: frozenset[str] = frozenset()
     notices: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ from fedlr.errors import LedgerError
 from fedlr.orders import SiteOrder
 from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.ledger import SqliteLedger
+from fedlr.report import units
 from fedlr.report.command import shell
 from fedlr.report.facts import RunFacts
 from fedlr.report.live import say
@@ -48,6 +49,7 @@ def so_far(checkpoint: Checkpoint) -> Outcome:
         steps=checkpoint.steps,
         epsilon=checkpoint.epsilon,
         statuses={},
+        unheard=checkpoint.unheard,
     )
 
 
@@ -93,18 +95,27 @@ def settle(config: RunConfig, facts: RunFacts, order: SiteOrder, outcome: Outcom
 
 def reported(config: RunConfig, facts: RunFacts, outcome: Outcome) -> Outcome:
     """Return ``outcome`` with what must be known of ε where sites are real: it is what they
-    reported. A site that reported none has an unknown one, which nothing bounds here.
+    reported. A site that reported none has an unknown one, which nothing bounds here; so has one
+    that was asked to train after its last report, and whose answer did not come.
     """
     if config.privacy.mode != "dp":
         return outcome
-    silent = [one.client for one in facts.clients if one.client not in outcome.epsilon]
+    clients = [one.client for one in facts.clients]
+    silent = [client for client in clients if client not in outcome.epsilon]
+    unheard = [c for c in clients if c in outcome.epsilon and c in outcome.unheard]
     notices: tuple[str, ...] = (
-        "ε is what each site reported with its last update that came, of everything in its ledger; "
-        "what it spent on later rounds, whose updates did not come, its operator knows.",
+        "ε is what each site reported with its last answer that came, of everything in its ledger.",
     )
     if silent:
         notices += (f"{', '.join(silent)} reported no ε: it is unknown here.",)
-    return replace(outcome, notices=(*outcome.notices, *notices))
+    for client in unheard:
+        notices += (
+            f"{client} reported ε = {units.privacy_loss(outcome.epsilon[client])} and was asked "
+            "again after that, and its answer did not come: what it has spent since only its "
+            "operator knows (∞ stands for it).",
+        )
+    unknown = {**outcome.epsilon, **dict.fromkeys(unheard, math.inf)}
+    return replace(outcome, epsilon=unknown, notices=(*outcome.notices, *notices))
 
 
 def summarise(config: RunConfig, facts: RunFacts, outcome: Outcome, wall_s: float) -> Summary:

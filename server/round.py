@@ -27,6 +27,9 @@ of a round that too few clients joined, and no reply before enough others had co
 _NO_BASE = "no_base"
 """Code of a site that lacks the basis which a job relies on (`fedlr.training.jobs`)."""
 
+_MAY_HAVE_PAID = ("failed", "ledger")
+"""Codes that a site may give after it has booked a job, without an ε where it cannot read it."""
+
 _log = logging.getLogger("fedlr.server")
 
 
@@ -49,6 +52,7 @@ class OpenRound:
         steps: Local steps of accepted updates by client.
         epsilon: ε reported in this round by client, refused updates included:
             the site has spent it.
+        unheard: Clients that may have spent more than the ε they reported last.
         bytes_down: Payload sent so far, bytes.
         bytes_up: Payload of the readable updates so far, bytes.
         server_s: Time spent aggregating, seconds.
@@ -65,6 +69,7 @@ class OpenRound:
     refused: list[Refusal] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
     epsilon: dict[str, float] = field(default_factory=dict)
+    unheard: set[str] = field(default_factory=set)
     bytes_down: int = 0
     bytes_up: int = 0
     server_s: float = 0.0
@@ -117,6 +122,7 @@ class OpenRound:
         unanswered = [*open_orders.values(), *(self.lacking if self._enough else ())]
         self.lacking = [] if self._enough else self.lacking
         self._codes |= {order.member: silent for order in unanswered}
+        self.unheard |= {order.member.client for order in open_orders.values()}
 
     @property
     def _enough(self) -> bool:
@@ -165,16 +171,25 @@ class OpenRound:
         counts = Counter(refusal.code for refusal in self.refused)
         return ", ".join(f"{code}: {count}" for code, count in sorted(counts.items())) or "none"
 
+    def _hear(self, outcome: ClientUpdate | Abstention, client: str, unheard_before: bool) -> None:
+        """Note the ε of an answer, which is of everything in the ledger of its site."""
+        free = isinstance(outcome, Abstention) and outcome.code not in _MAY_HAVE_PAID
+        if outcome.epsilon is not None:
+            self.epsilon[client] = outcome.epsilon
+        if outcome.epsilon is not None or (free and not unheard_before):
+            self.unheard.discard(client)
+
     def _judge(self, reply: Message, order: Order, bound: float | None) -> ClientUpdate | str:
         """Return the update if it is acceptable, otherwise the code of its refusal."""
         client = order.member.client
+        unheard = client in self.unheard
+        self.unheard.add(client)
         if reply.has_error():
             return FAILED
         try:
             outcome = read_outcome(reply)
             check_claims(outcome, client)
-            if outcome.epsilon is not None:
-                self.epsilon[client] = outcome.epsilon
+            self._hear(outcome, client, unheard)
             if order.basis is not None:
                 lacks = isinstance(outcome, Abstention) and outcome.code == _NO_BASE
                 self.holders[client] = "" if lacks else order.basis

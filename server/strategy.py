@@ -88,7 +88,9 @@ class FederatedStrategy(Strategy):
         self._stopped: str | None = None
         self._back_off = BackOff(config.patience.longest_pause)
         self._attempts = 0
-        self._paid: frozenset[str] = frozenset()
+        # An interrupted round: who was asked has paid, or may have.
+        self._paid = self._hooks.journal.asked(self._at.state.round)
+        self._at = replace(self._at, unheard=self._at.unheard | self._paid)
         self._measured: tuple[GlobalState, Measured] | None = None
 
     def run(self, grid: Grid) -> Outcome:
@@ -215,18 +217,20 @@ class FederatedStrategy(Strategy):
     def _select(self, members: tuple[Member, ...]) -> OpenRound:
         """Draw the cohort of the next round; clients that fail only where others are too few."""
         state, count, spare = self._at.state, len(members), self.config.patience.spare_clients
-        failing = self._back_off.paused()
+        failing, by_index = self._back_off.paused(), {member.index: member for member in members}
         paused = {member.index for member in members if member.client in failing}
         paid = {member.index for member in members if member.client in self._paid}
         wanted = min(self.config.clients_per_round, count)
         asked = min(wanted + spare, max(count - len(paused), self._needed))
         drawn = tuple(
-            members[index]
+            by_index[index]
             for index in cohort(
-                self.config.seed, state.round, count, min(asked, count), paid, paused
+                self.config.seed, state.round, by_index, min(asked, count), paid, paused
             )
         )
-        opened = OpenRound(state, drawn, drawn, wanted=wanted if spare else None)
+        opened = OpenRound(
+            state, drawn, drawn, wanted=wanted if spare else None, unheard=set(self._at.unheard)
+        )
         self._hooks.progress.round_started(opened.number, [member.client for member in drawn])
         return opened
 
@@ -264,6 +268,7 @@ class FederatedStrategy(Strategy):
             joins=joins,
             steps=steps,
             epsilon={**at.epsilon, **opened.epsilon},
+            unheard=frozenset(opened.unheard),
             holders={**at.holders, **opened.holders},
         )
         self._record(opened, state.round, len(updates), (accuracy, loss))
@@ -292,6 +297,7 @@ class FederatedStrategy(Strategy):
         self._at = replace(
             self._at,
             epsilon={**self._at.epsilon, **opened.epsilon},
+            unheard=frozenset(opened.unheard),
             holders={**self._at.holders, **opened.holders},
         )
         self._record(opened, number, 0, (None, None))
@@ -302,16 +308,17 @@ class FederatedStrategy(Strategy):
             self._hooks.wait(patience.retry_wait_s)
 
     def _record(self, opened: OpenRound, number: int, accepted: int, measured: Measured) -> None:
-        """Log and show a closed round."""
-        epsilon = dict(self._at.epsilon)
+        """Log and show a closed round: bytes and seconds of its earlier tries are in its own."""
+        epsilon = self._at.epsilon_bound
+        before = [old for old in self._at.records if old.round == number]  # tries of this round
         record = RoundRecord(
             round=number,
             cohort=tuple(member.client for member in opened.cohort),
             accepted=accepted,
-            bytes_down=opened.bytes_down,
-            bytes_up=opened.bytes_up,
-            wall_s=time.monotonic() - opened.began,
-            server_s=opened.server_s,
+            bytes_down=opened.bytes_down + sum(old.bytes_down for old in before),
+            bytes_up=opened.bytes_up + sum(old.bytes_up for old in before),
+            wall_s=time.monotonic() - opened.began + sum(old.wall_s for old in before),
+            server_s=opened.server_s + sum(old.server_s for old in before),
             steps=sum(opened.steps.values()),
             refused=tuple(opened.refused),
             accuracy=measured[0],
@@ -321,7 +328,7 @@ class FederatedStrategy(Strategy):
         )
         self._open = None
         self._back_off.closed(opened.answering, opened.failing)
-        earlier = (old for old in self._at.records if old.round < number)  # a try before this one
+        earlier = (old for old in self._at.records if old.round < number)
         self._at = replace(self._at, records=(*earlier, record))
         if self._hooks.log is not None:
             self._hooks.log.append(record)
@@ -360,6 +367,7 @@ class FederatedStrategy(Strategy):
             joins=dict.fromkeys(clients, 0) | dict(at.joins),
             steps=dict.fromkeys(clients, 0) | dict(at.steps),
             epsilon=at.epsilon,
+            unheard=at.unheard,
             statuses={member.client: member.status for member in membership.members},
             notices=membership.notices,
         )

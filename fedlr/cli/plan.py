@@ -233,7 +233,7 @@ def _cohorts(config: RunConfig) -> list[tuple[int, ...]]:
 
     federation = config.federation
     return [
-        cohort(config.seed, number, federation.clients, federation.clients_per_round)
+        cohort(config.seed, number, range(federation.clients), federation.clients_per_round)
         for number in range(federation.rounds)
     ]
 

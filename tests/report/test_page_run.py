@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -292,6 +293,16 @@ def test_a_client_spends_nothing_before_its_first_round(tmp_path: Path) -> None:
     )
     series = _epsilon_series(replace(files, records=(late, *files.records[1:])))
     assert series[CLIENTS[1]][:3] == ((0, 0.0), (1, 0.0), (2, 1.25))
+
+
+def test_where_epsilon_is_unknown_there_is_no_point(tmp_path: Path) -> None:
+    from fedlr.report.page.run_figures import _epsilon_series
+
+    files = read_run(make(tmp_path / "run"))
+    spent = {**files.records[0].epsilon_by_client, CLIENTS[1]: math.inf}
+    unheard = replace(files.records[0], epsilon_by_client=spent, epsilon_max=math.inf)
+    series = _epsilon_series(replace(files, records=(unheard, *files.records[1:])))
+    assert series[CLIENTS[1]][:2] == ((0, 0.0), (2, 1.25))
 
 
 def set_config(folder: Path, **sections: Any) -> None:

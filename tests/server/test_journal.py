@@ -236,10 +236,24 @@ def test_a_phase_is_asked_again_under_its_nonces_until_the_round_is_closed(tmp_p
     second = FileJournal(tmp_path)
     assert second.sending(0, 0, {"b": "4", "c": "5"}) == {"b": "2", "c": "5"}
     assert second.sending(0, 1, {"a": "6"}) == {"a": "3"}
-    second.abandoned(["a"])
-    assert second.sending(0, 0, {"a": "7", "b": "9"}) == {"a": "7", "b": "2"}
+    assert second.asked(0) == {"a", "b", "c"}
+    assert second.asked(1) == set()
+    second.abandoned(["b"])
+    assert second.sending(0, 0, {"a": "7", "b": "9"}) == {"a": "1", "b": "9"}
     assert second.sending(1, 0, {"a": "8"}) == {"a": "8"}
     second.close()
+
+
+def test_who_refused_in_a_later_phase_keeps_the_nonce_of_the_one_it_paid_for(
+    tmp_path: Path,
+) -> None:
+    journal = FileJournal(tmp_path)
+    journal.sending(0, 0, {"a": "1", "b": "2"})
+    journal.sending(0, 1, {"a": "3"})
+    journal.abandoned(["a", "b"])
+    assert journal.sending(0, 0, {"a": "4", "b": "5"}) == {"a": "1", "b": "5"}
+    assert journal.sending(0, 1, {"a": "6"}) == {"a": "6"}
+    journal.close()
 
 
 @pytest.mark.parametrize(
@@ -274,27 +288,31 @@ def cut(path: Path) -> None:
 
 
 def foreign(path: Path) -> None:
-    path.write_bytes(path.read_bytes().replace(b"fedlr.journal.2", b"fedlr.journal.9"))
+    path.write_bytes(path.read_bytes().replace(b"fedlr.journal.3", b"fedlr.journal.9"))
 
 
-def as_written_before(path: Path) -> None:
-    """The checkpoint as the first schema had it: without ranks and holders."""
+LATER = {1: ("ranks", "holders", "unheard"), 2: ("unheard",)}
+"""What each earlier schema had no word for."""
+
+
+def as_written_before(path: Path, schema: int) -> None:
     with safe_open(str(path), framework="pt") as file:
         header = json.loads(file.metadata()["header"])
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    del header["ranks"], header["holders"]
-    header["schema"] = "fedlr.journal.1"
+    header = {name: value for name, value in header.items() if name not in LATER[schema]}
+    header["schema"] = f"fedlr.journal.{schema}"
     safetensors.torch.save_file(arrays, path, metadata={"header": json.dumps(header)})
 
 
-def test_a_checkpoint_of_the_first_schema_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schema", LATER)
+def test_a_checkpoint_of_an_earlier_schema_is_read(tmp_path: Path, schema: int) -> None:
     go_on(tmp_path, "fedsvd", Fuse())
     written = read_checkpoint(tmp_path, LAYOUT)
-    as_written_before(tmp_path / "journal" / "checkpoint.safetensors")
+    as_written_before(tmp_path / "journal" / "checkpoint.safetensors", schema)
     found = read_checkpoint(tmp_path, LAYOUT)
     assert found is not None
     assert written is not None
-    assert (found.state.ranks, found.holders) == ({}, {})
+    assert (found.state.ranks, found.holders, found.unheard) == ({}, {}, frozenset())
     assert_same_parts(found.state.parts, written.state.parts)
     assert (found.records, found.joins) == (written.records, written.joins)
 

@@ -70,6 +70,9 @@ class Memory:
     def abandoned(self, refused: Collection[str]) -> None:
         self.nonces = {c: n for c, n in self.nonces.items() if c not in refused}
 
+    def asked(self, round: int) -> frozenset[str]:
+        return frozenset(self.nonces) if round == self.round else frozenset()
+
     def finished(self, checkpoint: Checkpoint) -> None:
         pass
 
@@ -179,7 +182,7 @@ def test_failing_clients_are_asked_where_the_others_are_too_few() -> None:
 
 
 def test_a_try_draws_others_in_the_place_of_those_who_failed() -> None:
-    first = cohort(5, 0, 4, 3)
+    first = cohort(5, 0, range(4), 3)
     sites = four(["failed"] * 9, which=first[0])
     settings = config(
         rounds=1, clients_per_round=3, min_clients=3, patience=patient(retries=1, longest_pause=8)
@@ -255,8 +258,8 @@ def test_a_pause_never_overflows() -> None:
 
 
 def test_the_paid_come_first_and_the_failing_last() -> None:
-    plain = cohort(5, 0, 6, 3)
+    plain = cohort(5, 0, range(6), 3)
     others = tuple(i for i in range(6) if i not in plain)
-    assert cohort(5, 0, 6, 3, first=others) == others
-    assert cohort(5, 0, 6, 3, last=plain) == others
-    assert set(cohort(5, 0, 6, 4, last=plain)) > set(others)
+    assert cohort(5, 0, range(6), 3, first=others) == others
+    assert cohort(5, 0, range(6), 3, last=plain) == others
+    assert set(cohort(5, 0, range(6), 4, last=plain)) > set(others)

@@ -72,7 +72,7 @@ def test_updates_reach_the_method_in_client_order_whatever_the_order_of_replies(
     weighted = config(weights="declared")
     grid = grid_of(toy_sites(), order=[3, 1, 0, 2], tamper=lambda replies: replies[::-1])
     FederatedStrategy(weighted, spied, first_state(), PROVENANCE).run(grid)
-    drawn = [[f"client-{i:02d}" for i in cohort(5, number, 4, 3)] for number in range(3)]
+    drawn = [[f"client-{i:02d}" for i in cohort(5, number, range(4), 3)] for number in range(3)]
     assert seen == drawn
 
 
@@ -106,7 +106,7 @@ def test_epsilon_is_the_latest_of_each_client_and_its_maximum() -> None:
     outcome = run(toy_sites(epsilon=0.5))
     joined = dict.fromkeys((f"client-{i:02d}" for i in range(4)), 0)
     for number, record in enumerate(outcome.records):
-        for index in cohort(5, number, 4, 3):
+        for index in cohort(5, number, range(4), 3):
             joined[f"client-{index:02d}"] += 1
         spent = {client: 0.5 * count for client, count in joined.items() if count}
         assert record.epsilon_by_client == spent
@@ -158,6 +158,9 @@ class Recorder:
 
     def finished(self, checkpoint: Checkpoint) -> None:
         self.checkpoints.append(checkpoint)
+
+    def asked(self, round: int) -> frozenset[str]:
+        return frozenset()
 
     def abandoned(self, refused: Collection[str]) -> None:
         self.events.append(f"abandoned {sorted(refused)}")

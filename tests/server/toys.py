@@ -263,7 +263,7 @@ def by_hand(
     """The same federation as a loop of a dozen lines."""
     one, state, states = method(name), first_state(name), []
     for number in range(rounds):
-        drawn = [sites[i] for i in cohort(5, number, len(sites), per_round)]
+        drawn = [sites[i] for i in cohort(5, number, range(len(sites)), per_round)]
         for phase in one.plan(state).phases:
             parts = one.broadcast(state)
             job = Job("r", number, state.phase, "n", phase.train, phase.send, parts, PROVENANCE)
