@@ -20,11 +20,15 @@ from fedlr.build import source_spec
 from fedlr.cli.compose import compose
 from fedlr.data.sources import load
 from fedlr.planning import client_units
+from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.ledger import SqliteLedger
 
 FEDLR = str(Path(sys.executable).parent / "fedlr")
 RESTART_S = 2.0
 """Seconds before a program that ended is started again; the units say ten and more."""
+
+DELTA = 0.01
+"""δ that every site declares."""
 
 
 def wait_for(what: str, found: Callable[[], object], seconds: float = 120.0) -> None:
@@ -215,6 +219,15 @@ class Federation:
         finally:
             ledger.close()
 
+    def spent(self, index: int) -> float:
+        """ε of everything in a site's ledger."""
+        path = self.site(index) / "ledger" / "site.sqlite"
+        ledger = SqliteLedger(path, f"client-{index:03d}")
+        try:
+            return epsilon(ledger.spent(), DELTA)
+        finally:
+            ledger.close()
+
     def online(self) -> list[str]:
         return [one["site"] for one in self.status()["sites"] if one["status"] == "online"]
 
@@ -263,7 +276,7 @@ def bring_up(made: Federation, clients: int, model: str) -> None:
             *("--data", str(folder / f"rows-{index}.jsonl"), *named, "--public"),
             *("--server", f"127.0.0.1:{port}", "--authority", str(made.server / "ca.crt")),
             *("--coordinator", key, "--epsilon-total", "100", "--disjoint", "made for a test"),
-            *("--model", model, "--device", "cpu", "--group", "", "--delta", "0.01"),
+            *("--model", model, "--device", "cpu", "--group", "", "--delta", str(DELTA)),
             *("--node-port", str(free_port())),
         )
     wait_for("the SuperLink", lambda: "Uvicorn running" in made.programs["superlink"].text)
