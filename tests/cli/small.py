@@ -13,9 +13,9 @@ LABELS = ("no", "yes")
 TEXTS = ("a b c", "d", "e e a b a b c d e", "c c d")
 
 
-def small(folder: Path) -> list[str]:
+def small(folder: Path, rows: int = 40) -> list[str]:
     """Put data and a model into ``folder``; return the overrides of three private rounds."""
-    lines = [{"text": TEXTS[i % 4], "label": LABELS[i % 3 % 2]} for i in range(40)]
+    lines = [{"text": TEXTS[i % 4], "label": LABELS[i % 3 % 2]} for i in range(rows)]
     (folder / "data").mkdir()
     for split in ("train", "validation"):
         text = "\n".join(map(json.dumps, lines)) + "\n"

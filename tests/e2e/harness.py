@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,9 @@ from fedlr.privacy.ledger import SqliteLedger
 FEDLR = str(Path(sys.executable).parent / "fedlr")
 RESTART_S = 2.0
 """Seconds before a program that ended is started again; the units say ten and more."""
+
+CORES = 2
+"""Sites that are made at once."""
 
 DELTA = 0.01
 """δ that every site declares."""
@@ -220,11 +224,11 @@ class Federation:
             ledger.close()
 
     def spent(self, index: int) -> float:
-        """ε of everything in a site's ledger."""
+        """ε of everything in a site's ledger, by the accountant of `tests.cli.small`."""
         path = self.site(index) / "ledger" / "site.sqlite"
         ledger = SqliteLedger(path, f"client-{index:03d}")
         try:
-            return epsilon(ledger.spent(), DELTA)
+            return epsilon(ledger.spent(), DELTA, "rdp")
         finally:
             ledger.close()
 
@@ -270,7 +274,8 @@ def bring_up(made: Federation, clients: int, model: str) -> None:
     key = json.loads(told)["coordinator"]
     made.start("superlink", made.server / "fedlr-superlink.service")
     named = [word for label in labels for word in ("--label", label)]
-    for index in range(clients):
+
+    def init(index: int) -> None:
         fedlr(
             *("site", "init", str(made.site(index)), *checked, "--client", f"client-{index:03d}"),
             *("--data", str(folder / f"rows-{index}.jsonl"), *named, "--public"),
@@ -279,6 +284,9 @@ def bring_up(made: Federation, clients: int, model: str) -> None:
             *("--model", model, "--device", "cpu", "--group", "", "--delta", str(DELTA)),
             *("--node-port", str(free_port())),
         )
+
+    with ThreadPoolExecutor(CORES) as pool:
+        list(pool.map(init, range(clients)))
     wait_for("the SuperLink", lambda: "Uvicorn running" in made.programs["superlink"].text)
     made.start("superexec", made.server / "fedlr-superexec.service")
     for index in range(clients):
