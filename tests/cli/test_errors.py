@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from fedlr.cli.main import main
 from fedlr.report.records import read_summary
 from tests.hub import closed_endpoint, serve
 
@@ -26,10 +30,18 @@ _LISTS = r"`fedlr simulate --cfg` prints every setting, `--help` every choice$"
 def simulate(
     *words: str, cwd: Path, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
+    """Call the command line: in this process, whose imports are done, or in one of its own where
+    variables are read as it starts.
+    """
+    if environment is None:
+        said, told = io.StringIO(), io.StringIO()
+        with contextlib.chdir(cwd), redirect_stdout(said), redirect_stderr(told):
+            status = main(["simulate", *words])
+        return subprocess.CompletedProcess(words, status, said.getvalue(), told.getvalue())
     return subprocess.run(
         [sys.executable, "-m", "fedlr.cli.main", "simulate", *words],
         cwd=cwd,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=300,

