@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import stat
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,53 @@ def test_a_unit_reads_words_as_systemd_does() -> None:
     assert 'Environment="K=a b"' in lines
     assert 'ReadWritePaths="/x y"' in lines
     assert "TimeoutStopSec=7" in lines
+
+
+def test_a_dollar_is_a_letter_but_behind_the_program() -> None:
+    text = unit(
+        "100% d", ["/a$b/c%d", "$x"], {"K": "a$b\\c%"}, "u", {"ReadWritePaths": [Path("/x$y")]}, 7
+    )
+    lines = text.splitlines()
+    assert "Description=100%% d" in lines
+    assert "ExecStart=/a$b/c%%d $$x" in lines
+    assert 'Environment="K=a$b\\\\c%%"' in lines
+    assert "ReadWritePaths=/x$y" in lines
+
+
+@pytest.mark.parametrize("at", ["description", "command", "environment", "paths"])
+def test_no_word_begins_another_setting(at: str) -> None:
+    bad = "/a\nExecStartPre=/bin/b"
+    given = {name: bad if name == at else "/x" for name in ("description", "command")}
+    words = [given["command"]]
+    variables = {"K": bad if at == "environment" else "v"}
+    places = {"ReadWritePaths": [Path(bad if at == "paths" else "/x")]}
+    with pytest.raises(ConfigError, match="control character"):
+        unit(given["description"], words, variables, "u", places, 7)
+
+
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    """Its own reader, on a program and a folder with every letter that it might read otherwise."""
+    reader = shutil.which("systemd-analyze")
+    if reader is None:
+        pytest.skip("systemd-analyze is not installed")
+    place = tmp_path / "a $b %c"
+    place.mkdir()
+    program = place / "program"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    words = [str(program), "$HOME", "50%", 'a "b"', "c\\d", "e'f", ";"]
+    text = unit("d", words, {"K": "$a %b \\c"}, "root", {"ReadWritePaths": [place]}, 7)
+    (tmp_path / "made.service").write_text(text)
+    told = subprocess.run(
+        [reader, "verify", "--man=no", str(tmp_path / "made.service")],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stderr
+    ours = [line for line in told.splitlines() if "made.service" in line]
+    # Before version 254 systemd tries again after the same time always, and says so.
+    newer = ("RestartSteps", "RestartMaxDelaySec")
+    assert [line for line in ours if not any(key in line for key in newer)] == []
 
 
 def test_the_app_is_one_that_flower_builds(tmp_path: Path) -> None:
