@@ -23,6 +23,7 @@ from fedlr.deploy.certificates import (
     new_server,
     private_bytes,
     read_authority,
+    replace_kept,
     write_new,
 )
 from fedlr.deploy.fresh import fresh_folder
@@ -223,23 +224,40 @@ def read_coordinator(folder: Path) -> Coordinator:
     return found
 
 
-def renew_certificate(coordinator: Coordinator, hosts: Sequence[str]) -> None:
+def renew_certificate(
+    coordinator: Coordinator, hosts: Sequence[str], authority_key: Path | None = None
+) -> None:
     """Replace the server's certificate and key; sites, who trust the authority, change nothing.
 
+    Args:
+        coordinator: Whose.
+        hosts: As in `fedlr.deploy.certificates.new_server`.
+        authority_key: Key of an authority that is not kept here; None takes ``ca.key``.
+
     Raises:
-        ConfigError: The authority's key is not here.
+        ConfigError: The authority's key is not here, or the authority is unfit. Both files
+            are then as they were.
+
+    Guarantees:
+        The files keep their owner, group and mode, whoever calls.
     """
-    authority = read_authority(coordinator.authority, coordinator.authority_key)
-    certificate, key = new_server(authority, hosts)
+    place = authority_key or coordinator.authority_key
+    if not place.exists():
+        raise ConfigError(
+            [
+                f"the authority's key {place} is not here; give it with --authority-key <file>, or "
+                f"have its owner sign a new certificate, and put that and its key at "
+                f"{coordinator.certificate} and {coordinator.certificate_key} by hand"
+            ]
+        )
+    certificate, key = new_server(read_authority(coordinator.authority, place), hosts)
     # The key first: a proxy that reads them in between finds two that do not fit, and says so.
-    for path, content, mode in (
-        (coordinator.certificate_key, key, 0o600),
-        (coordinator.certificate, certificate, 0o644),
-    ):
-        draft = path.with_suffix(".new")
-        draft.unlink(missing_ok=True)
-        write_new(draft, content, mode)
-        draft.replace(path)
+    replace_kept(
+        {
+            coordinator.certificate_key: (key, 0o600),
+            coordinator.certificate: (certificate, 0o644),
+        }
+    )
 
 
 def program(name: str) -> str:

@@ -169,6 +169,9 @@ def test_a_site_is_let_in_once_and_kept_out_again(
         ["register", "{folder}", "key.pub"],
         ["show", "{folder}", "key.pub"],
         ["init", "{folder}/new", "--host", "a", "--authority", "x"],
+        ["renew", "{folder}", "--authority", "x", "--authority-key", "y"],
+        ["renew", "{folder}", "--authority-key", "nothing"],
+        ["show", "{folder}", "--authority-key", "y"],
         ["unregister", "{folder}", "--name", "../up"],
         ["explode", "{folder}"],
         ["show", "{folder}/none"],
@@ -189,6 +192,17 @@ def test_renewing_keeps_the_names(server: Coordinator, capsys: pytest.CaptureFix
     capsys.readouterr()
     main(["server", "show", str(server.folder), "--json"])
     assert json.loads(capsys.readouterr().out)["hosts"][0] == "fl.example.org"
+
+
+def test_an_authority_s_key_that_is_kept_elsewhere_is_given(
+    server: Coordinator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away = server.authority_key.rename(tmp_path / "away.key")
+    assert main(["server", "renew", str(server.folder)]) == 2
+    assert "--authority-key" in capsys.readouterr().err
+    before = server.certificate.read_bytes()
+    assert main(["server", "renew", str(server.folder), "--authority-key", str(away)]) == 0
+    assert server.certificate.read_bytes() != before
 
 
 @pytest.fixture

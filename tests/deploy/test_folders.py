@@ -103,8 +103,10 @@ def test_another_authority_is_used_and_its_key_not_copied(tmp_path: Path) -> Non
     second = write_coordinator(tmp_path / "second", given)
     assert second.authority.read_bytes() == first.authority.read_bytes()
     assert not second.authority_key.exists()
-    with pytest.raises(ConfigError, match=r"ca\.key"):
+    with pytest.raises(ConfigError, match=r"ca\.key is not here; give it with --authority-key"):
         renew_certificate(second, ["b.example.org"])
+    renew_certificate(second, ["c.example.org"], first.authority_key)
+    assert names_of(second.certificate.read_bytes())[0] == "c.example.org"
 
 
 def test_a_renewed_certificate_is_for_the_same_authority(made: Coordinator) -> None:
