@@ -28,6 +28,7 @@ from fedlr.deploy.certificates import (
 )
 from fedlr.deploy.fresh import fresh_folder
 from fedlr.deploy.units import unit
+from fedlr.deploy.users import name_problems
 from fedlr.errors import ConfigError
 from fedlr.signing import new_key
 
@@ -175,8 +176,7 @@ class ServerSettings:
         ]
         if not self.hosts:
             problems.append("--host is missing; give the name under which sites reach the server")
-        if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", self.user):
-            problems.append(f"user {self.user!r} cannot be the name of a user")
+        problems += name_problems({"--user": self.user})
         if problems:
             raise ConfigError(problems)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import shlex
 import shutil
 import stat
@@ -24,8 +26,9 @@ from fedlr.deploy.coordinator import (
     renew_certificate,
     write_coordinator,
 )
-from fedlr.deploy.site_folder import SiteSettings, hand_over, policy_text, write_site
+from fedlr.deploy.site_folder import SiteFolder, SiteSettings, hand_over, policy_text, write_site
 from fedlr.deploy.units import unit
+from fedlr.deploy.users import missing
 from fedlr.errors import ConfigError
 from fedlr.signing import public_key, read_key
 
@@ -147,12 +150,16 @@ def settings(folder: Path, **changes: Any) -> SiteSettings:
     return SiteSettings(**(values | changes))
 
 
+def site(folder: Path, options: SiteSettings) -> SiteFolder:
+    return write_site(folder, POLICY, options, lambda ledger: ledger.touch(0o600))
+
+
 def test_a_policy_is_read_as_it_was_meant() -> None:
     assert tomllib.loads(policy_text(POLICY)) == POLICY
 
 
 def test_a_site_s_secrets_are_its_own(tmp_path: Path) -> None:
-    made = write_site(tmp_path / "site", POLICY, settings(tmp_path))
+    made = site(tmp_path / "site", settings(tmp_path))
     assert open_to_others(made.folder) == {
         *("node/key.pub", "node/ca.crt", "fedlr-agent.service", "fedlr-supernode.service")
     }
@@ -161,13 +168,13 @@ def test_a_site_s_secrets_are_its_own(tmp_path: Path) -> None:
     assert not made.socket.parent.exists()  # the agent makes it, for the group that it has then
     assert tomllib.loads(made.policy.read_text()) == POLICY
     with pytest.raises(ConfigError, match="exists already"):
-        write_site(tmp_path / "site", POLICY, settings(tmp_path))
+        site(tmp_path / "site", settings(tmp_path))
 
 
 def test_the_node_is_told_the_agent_as_flower_reads_it(tmp_path: Path) -> None:
     from flwr.common.config import parse_config_args
 
-    made = write_site(tmp_path / "a site", POLICY, settings(tmp_path))
+    made = site(tmp_path / "a site", settings(tmp_path))
     text = (made.folder / "fedlr-supernode.service").read_text()
     words = shlex.split(next(x for x in text.splitlines() if x.startswith("ExecStart="))[10:])
     found = parse_config_args([words[words.index("--node-config") + 1]])
@@ -178,7 +185,7 @@ def test_the_node_is_told_the_agent_as_flower_reads_it(tmp_path: Path) -> None:
 
 def test_users_that_are_not_there_are_made_by_hand(tmp_path: Path) -> None:
     options = settings(tmp_path, user="nobody-here-1", node_user="nobody-here-2")
-    made = write_site(tmp_path / "site", POLICY, options)
+    made = site(tmp_path / "site", options)
     told = hand_over(made, options)
     assert any(line.startswith("chown -R nobody-here-1:") for line in told)
     assert any(line.startswith("chown -R nobody-here-2:") for line in told)
@@ -189,11 +196,33 @@ def test_users_that_are_not_there_are_made_by_hand(tmp_path: Path) -> None:
 def test_root_hands_the_files_over(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    options = settings(tmp_path, user="daemon", node_user="nobody")
-    made = write_site(tmp_path / "site", POLICY, options)
+    options = settings(tmp_path, user="daemon", node_user="nobody", group=None)
+    made = site(tmp_path / "site", options)
     assert hand_over(made, options) == []
     assert (made.policy.owner(), made.key.owner()) == ("daemon", "nobody")
     assert made.folder.stat().st_mode & 0o777 == 0o711
+
+
+def test_who_is_not_in_the_socket_s_group_is_told(tmp_path: Path) -> None:
+    group = grp.getgrgid(pwd.getpwnam("nobody").pw_gid).gr_name
+    options = settings(tmp_path, user="daemon", node_user="nobody", group=group)
+    made = site(tmp_path / "site", options)
+    left = hand_over(made, options)
+    assert left[0] == f"usermod -aG {group} daemon"
+    if os.geteuid() == 0:
+        assert left[1:] == []
+        assert made.policy.owner() == "daemon"
+    new = ["nobody-here-2", "nobody-here-1"]
+    assert missing(new, "nobody-here-2") == [
+        "useradd --system nobody-here-2",
+        "useradd --system nobody-here-1",
+        "usermod -aG nobody-here-2 nobody-here-1",
+    ]
+    assert missing(["daemon"], "no-group-here") == [
+        "groupadd --system no-group-here",
+        "usermod -aG no-group-here daemon",
+    ]
+    assert missing(["daemon", "nobody"], None) == []
 
 
 def test_what_a_site_is_told_wrong_is_said_at_once(tmp_path: Path) -> None:
@@ -208,7 +237,7 @@ def test_what_a_site_is_told_wrong_is_said_at_once(tmp_path: Path) -> None:
 def test_a_certificate_that_is_not_there_leaves_no_folder(tmp_path: Path) -> None:
     options = settings(tmp_path, authority=tmp_path / "none.crt")
     with pytest.raises(ConfigError, match=r"none\.crt"):
-        write_site(tmp_path / "site", POLICY, options)
+        site(tmp_path / "site", options)
     assert not (tmp_path / "site").exists()
 
 
