@@ -29,6 +29,10 @@ _ABOUT = """\
 Make the folder of a real site: policy, ledger, key of its node, units. Then check data, model,
 device and disk as `fedlr site check` does, and print the public key to hand over."""
 
+_CHECK = """\
+Check data, model, device, private step and disk of a site. Its agent must not be running: the
+check loads the model a second time, beside a job that is paid for."""
+
 _OVERRIDES = "of a run as it will be asked for, e.g. adapter=query_value; the default job without"
 
 FEWEST_TO_ROUND = 100
@@ -91,7 +95,7 @@ def _hand_over(made: SiteFolder, client: str, settings: SiteSettings) -> None:
 
 def check(words: Sequence[str]) -> int:
     """Check a site that exists; return 0."""
-    parser = Parser("site check", "Check data, model, device, private step and disk of a site.")
+    parser = Parser("site check", _CHECK)
     parser.add_argument("policy", type=Path, help="the operator's file, e.g. site.toml")
     parser.add_argument("overrides", nargs="*", help=_OVERRIDES)
     given = parser.parse(words)
@@ -271,15 +275,17 @@ def _make_ledger(path: Path, source: str, disjoint: str) -> None:
 def _check(policy: Path, asked: RunConfig) -> None:
     """Say what was found; FedlrError where the site could not take part."""
     from client.declaration import read_declaration
+    from client.hold import held
     from client.resident import Resident
 
     declaration = read_declaration(policy)
-    resident = Resident(declaration, say)
-    try:
-        resident.load()
-        device = resident.examine(asked)
-    finally:
-        resident.close()
+    with held(declaration.ledger):
+        resident = Resident(declaration, say)
+        try:
+            resident.load()
+            device = resident.examine(asked)
+        finally:
+            resident.close()
     say(f"the private step holds on {device}")
     free = shutil.disk_usage(declaration.ledger.parent).free
     if free < LEAST_FREE:

@@ -101,7 +101,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "torch": (*MATHEMATICS, "fedlr.cli"),
     "numpy": (*MATHEMATICS, "fedlr.report.plots"),
     "safetensors": (*MATHEMATICS,),
-    "filelock": ("server", "client.agent", "fedlr.report.sweep"),
+    "filelock": ("server", "client.hold", "fedlr.report.sweep"),
     "triton": ("fedlr.kernels.*.triton",),
     "peft": ("fedlr.adapters",),
     "bitsandbytes": ("fedlr.adapters.quantised",),

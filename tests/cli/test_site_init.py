@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 
 from client.declaration import read_declaration
+from client.hold import held
 from fedlr.cli import site_init
 from fedlr.cli.main import main
 from fedlr.doctor.finding import Finding
-from fedlr.errors import DoctorError, LedgerError
+from fedlr.errors import DoctorError, LedgerError, RunError
 from fedlr.privacy.ledger import SqliteLedger
 from tests.cli.small import LABELS, small
+from tests.client.real_site import agent, place
 from tests.models import LONGEST
 
 KEY = "ab" * 32
@@ -178,6 +181,27 @@ def test_a_device_that_does_not_keep_the_promise_is_told(
     assert told.out.splitlines()[-1] == (site / "node" / "key.pub").read_text().strip()
     assert "chown -R nobody-here-1" in told.out
     assert (site / "ledger" / "site.sqlite").exists()
+
+
+def test_a_check_does_not_work_beside_an_agent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = place(tmp_path)
+    words = ["site", "check", str(site.policy), *RUN]
+    with agent(site):
+        assert main(words) == RunError.exit_code
+        assert "stop the agent first" in capsys.readouterr().err
+    assert main(words) == 0
+    lock = site.ledger.with_name(f"{site.ledger.name}.agent")
+    if os.geteuid() == 0:  # which must not lock the agent's user out
+        os.chown(site.ledger, 4321, 4322)
+        lock.unlink()
+        with held(site.ledger):
+            assert (lock.stat().st_uid, lock.stat().st_gid) == (4321, 4322)
+    lock.unlink(missing_ok=True)
+    lock.mkdir()
+    assert main(words) == RunError.exit_code
+    assert "cannot be locked" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_told(
