@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedlr.cli.arguments import Parser
 from fedlr.cli.compose import compose
+from fedlr.cli.ended import check_ended
 from fedlr.cli.flower import (
     Submitted,
     all_submitted,
@@ -36,7 +37,8 @@ Sign a run with the coordinator's key, hand it to the SuperLink, and follow it t
   fedlr submit <folder> [overrides]       a new run, with federation=deploy
   fedlr submit <folder> --resume <run>    go on with one that was stopped or lost its server
 
-The exit status is 0 if the run came to its end. Ctrl-C stops following, not the run:
+The exit status is 0 if the run came to its last round, 12 if it ended early with a result, and
+7 if it failed or has none. Ctrl-C stops following, not the run:
 `fedlr status <folder>` shows it, `fedlr stop <folder> <run>` ends it."""
 
 POLL_S = 3.0
@@ -64,8 +66,8 @@ def run(words: Sequence[str]) -> int:
         words: A coordinator's folder, overrides and options, or ``--help``.
 
     Returns:
-        0 if the run was completed (with ``--detach``: submitted); errors are raised as
-        `fedlr.errors.FedlrError`.
+        0 if the run came to its last round (with ``--detach``: was submitted); errors are raised
+        as `fedlr.errors.FedlrError`, and so is the early end of a run that has a result.
     """
     parser = Parser("submit", _ABOUT)
     parser.add_argument("folder", type=Path, help="the coordinator's folder")
@@ -89,6 +91,8 @@ def run(words: Sequence[str]) -> int:
         return 0
     follow(coordinator, submitted)
     print(submitted.folder)
+    again = _hint("submit", coordinator, "--resume", submitted.run)
+    check_ended(Path(submitted.folder), asked.config.federation.rounds, again)
     return 0
 
 

@@ -7,7 +7,7 @@ import stat
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from fedlr.cli import flower, submit
 from fedlr.cli.main import main
 from fedlr.deploy.certificates import new_node_key
 from fedlr.deploy.coordinator import Coordinator, read_coordinator
+from fedlr.errors import EndedEarly
+from fedlr.report.records import write_summary
 from fedlr.signing import public_key, read_key, verify
 from tests.cli.small import small
+from tests.report.samples import SUMMARY
 
 FLWR = """\
 #!{python}
@@ -118,10 +121,10 @@ def words(tmp_path: Path) -> list[str]:
     return given
 
 
-def finish(server: Coordinator, run: str) -> None:
-    folder = server.runs / run
-    folder.mkdir(parents=True)
-    (folder / "summary.json").write_text("{}")
+def finish(server: Coordinator, run: str, rounds: int = 3) -> None:
+    (server.runs / run).mkdir(parents=True)
+    told = (*SUMMARY.notices, "round 2: 1 of 2 clients sent an update") if rounds < 3 else ()
+    write_summary(server.runs / run / "summary.json", replace(SUMMARY, rounds=rounds, notices=told))
 
 
 def test_show_tells_what_sites_need(
@@ -240,6 +243,29 @@ def test_a_run_is_signed_handed_over_and_followed(
     assert flower.all_submitted(server) == [
         flower.Submitted("77", order.run, str(server.runs / order.run))
     ]
+
+
+def test_a_run_that_ended_early_has_a_status_of_its_own(
+    server: Coordinator,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    remember: Callable[..., None] = flower.remember
+
+    def remembered(coordinator: Coordinator, one: flower.Submitted) -> None:
+        remember(coordinator, one)
+        finish(coordinator, one.run, rounds=1)
+
+    monkeypatch.setattr(submit, "remember", remembered)
+    assert main(["submit", str(server.folder), *words]) == EndedEarly.exit_code == 12
+    told = capsys.readouterr()
+    (one,) = flower.all_submitted(server)
+    assert told.out.splitlines()[-1] == one.folder
+    why = told.err.splitlines()[-1]
+    assert "after 1 of 3 rounds (round 2: 1 of 2 clients sent an update)" in why
+    assert f"in {one.folder}" in why
+    assert f"--resume {one.run}" in why
 
 
 @pytest.mark.parametrize(
