@@ -30,6 +30,7 @@ from fedlr.errors import ConfigError, RunError
 from fedlr.report.live import say
 from fedlr.report.records import SUMMARY_FILE
 from fedlr.signing import RunOrder, read_key, sign
+from fedlr.told import for_sites, keep
 
 _ABOUT = """\
 Sign a run with the coordinator's key, hand it to the SuperLink, and follow it to its end.
@@ -97,7 +98,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def submit(coordinator: Coordinator, run: str, config: RunConfig, days: float) -> Submitted:
-    """Sign an order and hand it to the SuperLink.
+    """Sign an order, keep what it does not tell the sites, and hand it to the SuperLink.
 
     Args:
         coordinator: Whose key and server.
@@ -110,10 +111,11 @@ def submit(coordinator: Coordinator, run: str, config: RunConfig, days: float) -
     """
     now = int(time.time())
     try:
-        order = RunOrder(run, to_json(config), now, now + int(days * 86_400))
+        order = RunOrder(run, to_json(for_sites(config)), now, now + int(days * 86_400))
         text = sign(order, read_key(coordinator.key))
     except ValueError as error:
         raise ConfigError([f"the order cannot be signed: {error}"]) from error
+    keep(coordinator.configs, run, config)  # before a ServerApp can look for it
     with tempfile.TemporaryDirectory(prefix="fedlr-") as name:
         folder = Path(name)
         place = folder / "app"

@@ -31,6 +31,7 @@ from fedlr.deploy.units import unit
 from fedlr.deploy.users import name_problems
 from fedlr.errors import ConfigError
 from fedlr.signing import new_key
+from fedlr.told import KEPT
 
 CONNECTION = "fedlr"
 """Name of the connection in Flower's own settings."""
@@ -114,9 +115,15 @@ class Coordinator:
         """Which of Flower's runs is which of ours."""
         return self.folder / "submitted"
 
+    @property
+    def configs(self) -> Path:
+        """Whole configurations of the submitted runs, of which sites are told less."""
+        return self.submitted / "configs"
+
     def environment(self) -> dict[str, str]:
         """Return the variables that the server's programs need, beside those they are given."""
-        return {"FLWR_HOME": str(self.home), **OFFLINE, "PATH": search_path()}
+        own = {"FLWR_HOME": str(self.home), KEPT: str(self.configs)}
+        return {**own, **OFFLINE, "PATH": search_path()}
 
     def commands(self, port: int) -> dict[str, list[str]]:
         """Return the server's two programs, by name.

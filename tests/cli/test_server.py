@@ -15,11 +15,13 @@ import pytest
 
 from fedlr.cli import flower, submit
 from fedlr.cli.main import main
+from fedlr.config import from_json
 from fedlr.deploy.certificates import new_node_key
 from fedlr.deploy.coordinator import Coordinator, read_coordinator
 from fedlr.errors import EndedEarly
 from fedlr.report.records import write_summary
 from fedlr.signing import public_key, read_key, verify
+from fedlr.told import for_sites, kept
 from tests.cli.small import small
 from tests.report.samples import SUMMARY
 
@@ -236,8 +238,13 @@ def test_a_run_is_signed_handed_over_and_followed(
     config = json.loads(order.config)
     assert config["privacy"]["epsilon"] == 3.0
     assert config["federation"]["engine"] == "deploy"
-    assert config["output"] == str(server.runs)
-    assert Path(config["data"]["path"]).is_absolute()
+    # The sites' operators read this: nothing in it tells of the server's disk.
+    assert str(server.folder.parent) not in text
+    whole = kept(server.configs, order.run)
+    assert whole is not None
+    assert whole.output == str(server.runs)
+    assert Path(str(whole.data.path)).is_absolute()
+    assert for_sites(whole) == from_json(order.config)
     assert told.out.splitlines()[-1] == str(server.runs / order.run)
     assert "round 1/3" in told.out
     assert flower.all_submitted(server) == [
