@@ -30,13 +30,14 @@ from fedlr.errors import ConfigError, RunError
 from fedlr.report.live import say
 from fedlr.report.records import SUMMARY_FILE
 from fedlr.signing import RunOrder, read_key, sign
-from fedlr.told import for_sites, keep
+from fedlr.told import for_sites, keep, kept
 
 _ABOUT = """\
 Sign a run with the coordinator's key, hand it to the SuperLink, and follow it to its end.
 
   fedlr submit <folder> [overrides]       a new run, with federation=deploy
-  fedlr submit <folder> --resume <run>    go on with one that was stopped or lost its server
+  fedlr submit <folder> --resume <run>    go on with one that was stopped or lost its server,
+                                          also before it began
 
 The exit status is 0 if the run came to its last round, 12 if it ended early with a result, and
 7 if it failed or has none. Ctrl-C stops following, not the run:
@@ -207,7 +208,7 @@ def _check(config: RunConfig) -> None:
 
 
 def _again(coordinator: Coordinator, run: str, days: float) -> _Asked:
-    from fedlr.report.facts import read_facts
+    from fedlr.report.facts import FACTS_FILE, read_facts
     from server.session import read_config
 
     known = [one for one in all_submitted(coordinator) if one.run == run]
@@ -218,7 +219,17 @@ def _again(coordinator: Coordinator, run: str, days: float) -> _Asked:
     if not status.startswith("finished"):
         raise RunError(f"the run {run} is {status}; {_hint('stop', coordinator, run)} ends it")
     folder = Path(known[-1].folder)
-    return _Asked(run, read_config(folder, read_facts(folder)), days)
+    if (folder / FACTS_FILE).exists():
+        return _Asked(run, read_config(folder, read_facts(folder)), days)
+    config = kept(coordinator.configs, run)
+    if config is None:
+        raise RunError(
+            f"the run {run} never began, and {coordinator.configs} does not tell what it was to "
+            "be; start a new one"
+        )
+    say(f"the run {run} has not begun yet; its sites are asked again for the same")
+    _check(config)
+    return _Asked(run, config, days)
 
 
 def _hint(verb: str, coordinator: Coordinator, *words: str) -> str:

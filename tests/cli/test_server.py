@@ -383,5 +383,26 @@ def test_a_run_that_goes_on_is_known_and_over(
     capsys.readouterr()
     assert main(["submit", str(server.folder), "--resume", one.run]) == 7
     assert "is running" in capsys.readouterr().err
-    assert main(["submit", str(server.folder), "--resume", one.run]) == 7
-    assert "no run folder" in capsys.readouterr().err  # it never began
+
+
+def test_a_run_that_never_began_is_asked_for_again(
+    server: Coordinator, flwr: Flower, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flwr.answers(list=runs("finished:failed", "0 of 2 clients answered"))
+    assert main(["submit", str(server.folder), *words, "optimizer.steps=2"]) == 7
+    (one,) = flower.all_submitted(server)
+    (server.runs / one.run).mkdir(parents=True)  # what a ServerApp may leave that died early
+    capsys.readouterr()
+    again = ["submit", str(server.folder), "--resume", one.run, "--detach"]
+    assert main(again) == 0
+    assert "has not begun yet" in capsys.readouterr().err
+    first, second = (
+        verify(tomllib.loads(call["run_config"])["order"], [public_key(read_key(server.key))])
+        for call in flwr.calls
+        if call["words"][0] == "run"
+    )
+    assert first.digest == second.digest  # what an operator has approved stays approved
+    assert json.loads(second.config)["optimizer"]["steps"] == 2
+    (server.configs / f"{one.run}.json").unlink()
+    assert main(again) == 7
+    assert "never began" in capsys.readouterr().err
