@@ -19,13 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import grpc
-from filelock import FileLock, Timeout
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from client import wire
 from client.agent_pb2 import Piece, StatusReply, StatusRequest
 from client.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server
 from client.declaration import AgentSettings, Declaration
+from client.hold import held
 from client.orderbook import OrderBook, orders_folder
 from client.resident import Resident
 from fedlr.config import from_json
@@ -239,17 +239,10 @@ def serve(declaration: Declaration, say: Callable[[str], None], wait: Callable[[
 
     Raises:
         FedlrError: Ledger, data or model are not as declared, the socket's folder is not its
-            own, or another agent has the ledger.
+            own, or another process has the site (`client.hold`).
     """
     _make_folder(declaration.agent)
-    lock = FileLock(f"{declaration.ledger}.agent", mode=0o600, thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunError(
-            f"another agent serves the ledger {declaration.ledger}; stop it first"
-        ) from error
-    try:
+    with held(declaration.ledger):
         resident = Resident(declaration, say)
         try:
             orders = OrderBook(orders_folder(declaration.ledger))
@@ -257,8 +250,6 @@ def serve(declaration: Declaration, say: Callable[[str], None], wait: Callable[[
             _serve(Agent(declaration, resident, orders), declaration.agent, say, wait)
         finally:
             resident.close()
-    finally:
-        lock.release()
 
 
 def _serve(

@@ -145,8 +145,20 @@ def read_declaration(path: Path) -> Declaration:
         ConfigError: The file cannot be read, or something in it is wrong or missing; all
             problems at once.
     """
+    return declaration_of(read_toml(path), path)
+
+
+def declaration_of(values: Mapping[str, Any], path: Path) -> Declaration:
+    """Return what the content of a policy file declares.
+
+    Args:
+        values: The content.
+        path: The file, which need not be there yet; relative places are beside it.
+
+    Raises:
+        ConfigError: Something in it is wrong or missing; all problems at once.
+    """
     path = path.absolute()
-    values = read_toml(path)
     problems: list[str] = []
     sections = {name: _section(name, values, problems) for name in _SECTIONS}
     allow = _section("allow", values, problems)

@@ -56,7 +56,7 @@ from fedlr.training.jobs import Provenance
 from fedlr.training.local import LocalSettings, LocalTrainer
 from fedlr.training.memory import DEFAULT_ROWS, power_of_two, rows_that_fit
 from fedlr.training.precision import check_same_bits, notices
-from fedlr.training.prefix import PrefixCache, find_prefix
+from fedlr.training.prefix import FrozenPrefix, PrefixCache, find_prefix
 
 CPU_TOKENS = 512
 """Tokens of a pass on a CPU: more are only more padding (``tests/benchmarks/test_batching.py``)."""
@@ -134,14 +134,10 @@ def build(
     check_present(spec)
     base = resident_base(config, device, reuse, say)
     data = reuse.get("data", spec, lambda: _read(spec, say))
-    head = build_head(config, base, data.label_names)
-    encoder, sites = adapt(config, base)
+    model = _assembled(config, base, spec, data.label_names)
     # After what is quickly found wrong, before what takes long.
     clients = plan_clients(config, data, noise, say) if own is None else own.plan(data)
-    prefix = find_prefix(encoder, sites)
-    classifier = Classifier(encoder, head.to(device).requires_grad_(False), prefix)
-    adapted = AdaptedModel(encoder, sites, trained_head(head, config.model.head))
-    start = Start(base, classifier, adapted, spec, data.label_names)
+    classifier, adapted = model.start.classifier, model.start.adapted
     rows = rows_key(config, spec)
     longest = config.model.max_length
     training, validation = reuse.get(
@@ -149,17 +145,18 @@ def build(
     )
     settings = _fitting_settings(config, classifier, adapted, say)
     check_own_shapes(base, settings)
-    if prefix is not None:
+    if model.prefix is not None:
         cache = _prefix_cache(config, base, settings, store, say)
         parts, key = (training, validation), (rows, base_key(config, device))
-        training, validation = with_states(parts, cache, (encoder, prefix), evaluate, reuse, key)
+        frozen = model.encoder, model.prefix
+        training, validation = with_states(parts, cache, frozen, evaluate, reuse, key)
     return Workbench(
         config=config,
         base=base,
         adapted=adapted,
-        head=head,
+        head=model.head,
         layout=layout_of(adapted),
-        method=method_of(config, start, reuse),
+        method=method_of(config, model.start, reuse),
         trainer=LocalTrainer(classifier, adapted, training, settings, device),
         evaluator=Evaluator(classifier, adapted, validation, settings.physical_batch, device),
         provenance=provenance(config, base, data.label_names),
@@ -168,6 +165,29 @@ def build(
         majority=data.validation.majority,
         notices=(*data.notices, *notices(config.model.precision, settings.own_shapes)),
     )
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The base with its adapters and its head, and the layers that nothing trained reaches."""
+
+    start: Start
+    encoder: nn.Module
+    head: nn.Module
+    prefix: FrozenPrefix | None
+
+
+def _assembled(
+    config: RunConfig, base: BaseModel, spec: SourceSpec, labels: tuple[str, ...]
+) -> _Model:
+    """Put head and adapters of ``config`` on ``base``."""
+    head = build_head(config, base, labels)
+    encoder, sites = adapt(config, base)
+    prefix = find_prefix(encoder, sites)
+    on_device = head.to(device_of(config)).requires_grad_(False)
+    classifier = Classifier(encoder, on_device, prefix)
+    adapted = AdaptedModel(encoder, sites, trained_head(head, config.model.head))
+    return _Model(Start(base, classifier, adapted, spec, labels), encoder, head, prefix)
 
 
 def _read(spec: SourceSpec, say: Callable[[str], None]) -> LoadedData:

@@ -85,6 +85,12 @@ class RunError(FedlrError):
     exit_code = 7
 
 
+class EndedEarly(FedlrError):
+    """A run ended before its last round, and has a result: whoever waits for it must know both."""
+
+    exit_code = 12
+
+
 class DoctorError(FedlrError):
     """What privacy rests on does not hold on this machine: nothing private may run here."""
 

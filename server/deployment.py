@@ -32,6 +32,7 @@ from fedlr.report.folder import make_run_folder, output_folder, remove_unbegun, 
 from fedlr.report.live import say
 from fedlr.report.tables import show_closing
 from fedlr.signing import RunOrder, announced
+from fedlr.told import whole
 from server.journal import FileJournal, write_head
 from server.membership import Membership, gather
 from server.outcome import StrategyConfig
@@ -115,7 +116,7 @@ def server_rows(config: RunConfig) -> OwnRows:
 
 
 def _prepared(order: RunOrder) -> _Run:
-    began, config = time.monotonic(), from_json(order.config)
+    began, config = time.monotonic(), whole(order.run, from_json(order.config))
     check_tracking(config)
     settings = over_a_network(strategy_config(config, order.run))
     workbench = build(config, say, own=server_rows(config))

@@ -32,7 +32,8 @@ Prepare and keep the server of a federation of real sites.
   show        print what sites need of it, and until when its certificate is good
   register    let a site's node in, by the public key that `fedlr site init` printed
   unregister  keep it out from now on
-  renew       make the server's next certificate; sites change nothing"""
+  renew       make the server's next certificate; sites change nothing. It needs the key of
+              the authority: ca.key of the folder, or --authority-key"""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -73,14 +74,27 @@ def _parser() -> Parser:
     parser.add_argument("--port", type=int, default=8000, help="init: of the SuperLink")
     parser.add_argument("--user", default="fedlr", help="init: user of the server's programs")
     parser.add_argument("--authority", type=Path, help="init: certificate of your own authority")
-    parser.add_argument("--authority-key", type=Path, help="init: its private key")
+    parser.add_argument(
+        "--authority-key",
+        type=Path,
+        help="init: its private key; renew: where it is not in the folder",
+    )
     parser.add_argument("--json", action="store_true", help="show: as one JSON object")
     return parser
 
 
 def _check_options(given: argparse.Namespace) -> None:
     problems = []
-    if (given.authority is None) is not (given.authority_key is None):
+    if given.authority is not None and given.action != "init":
+        problems.append(
+            f"--authority is an option of init, not of {given.action}: sites trust the one that "
+            "they were given; leave it out"
+        )
+    if given.authority_key is not None and given.action not in ("init", "renew"):
+        problems.append(
+            f"--authority-key is an option of init and renew, not of {given.action}; leave it out"
+        )
+    if given.action == "init" and (given.authority is None) is not (given.authority_key is None):
         problems.append("--authority and --authority-key belong together; give both or none")
     if (given.public_key is not None) is not (given.action == "register"):
         problems.append("fedlr server register takes a site's public key, and nothing else does")
@@ -159,7 +173,7 @@ def _unregister(made: Coordinator, given: argparse.Namespace) -> None:
 def _renew(made: Coordinator, given: argparse.Namespace) -> None:
     own = {"localhost", "127.0.0.1"}
     kept = [name for name in names_of(made.certificate.read_bytes()) if name not in own]
-    renew_certificate(made, given.host or kept)
+    renew_certificate(made, given.host or kept, given.authority_key)
     until = expiry_of(made.certificate.read_bytes())
     folder = shlex.quote(str(made.folder))
     say(f"a certificate until {until:%Y-%m-%d} is in {folder}; restart proxy and SuperLink")

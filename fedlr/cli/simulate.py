@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlr.cli.compose import compose, compose_mapping, listed_choices
+from fedlr.cli.ended import check_ended
 from fedlr.config import RunConfig
 from fedlr.errors import ConfigError
-from fedlr.report.facts import FACTS_FILE
+from fedlr.report.command import shell
+from fedlr.report.facts import FACTS_FILE, read_facts
 from fedlr.report.folder import check_output, output_folder, remove_unbegun
 from fedlr.report.live import say
 from fedlr.report.records import ROUNDS_FILE, Summary, read_rounds
@@ -35,6 +37,7 @@ usage: fedlr simulate [overrides]
 
 Runs a federation on this machine and prints the run folder's path as its last line.
 A run that was stopped, by Ctrl-C or a crash, goes on with resume=<its folder>.
+The exit status is 0 if it came to its last round, 12 if it ended early with a result.
 
 choices (section=choice):
 {choices}
@@ -55,22 +58,32 @@ def run(words: Sequence[str]) -> int:
             overrides.
 
     Returns:
-        0; errors are raised as `fedlr.errors.FedlrError`.
+        0; errors are raised as `fedlr.errors.FedlrError`, and so is the early end of a run that
+        has a result.
     """
     if any(word in ("-h", "--help") for word in words):
         print(_USAGE.format(choices=listed_choices()))
         return 0
     overrides = [word for word in words if word != "--cfg"]
     if any(word.startswith(RESUME) for word in overrides):
-        print(resume(_folder_to_resume(list(words))))
+        _show(resume(_folder_to_resume(list(words))))
         return 0
     if "--cfg" in words:
         from omegaconf import OmegaConf
 
         print(OmegaConf.to_yaml(OmegaConf.create(compose_mapping(overrides))), end="")
         return 0
-    print(simulate(compose(overrides)))
+    _show(simulate(compose(overrides)))
     return 0
+
+
+def _show(folder: Path) -> None:
+    """Print a run folder; EndedEarly where not all its rounds are in it."""
+    from server.session import read_config
+
+    print(folder)
+    rounds = read_config(folder, read_facts(folder)).federation.rounds
+    check_ended(folder, rounds, f"`{shell(['fedlr', 'simulate', f'{RESUME}{folder}'])}`")
 
 
 def simulate(config: RunConfig) -> Path:

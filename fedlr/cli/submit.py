@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedlr.cli.arguments import Parser
 from fedlr.cli.compose import compose
+from fedlr.cli.ended import check_ended
 from fedlr.cli.flower import (
     Submitted,
     all_submitted,
@@ -29,14 +30,17 @@ from fedlr.errors import ConfigError, RunError
 from fedlr.report.live import say
 from fedlr.report.records import SUMMARY_FILE
 from fedlr.signing import RunOrder, read_key, sign
+from fedlr.told import for_sites, keep, kept
 
 _ABOUT = """\
 Sign a run with the coordinator's key, hand it to the SuperLink, and follow it to its end.
 
   fedlr submit <folder> [overrides]       a new run, with federation=deploy
-  fedlr submit <folder> --resume <run>    go on with one that was stopped or lost its server
+  fedlr submit <folder> --resume <run>    go on with one that was stopped or lost its server,
+                                          also before it began
 
-The exit status is 0 if the run came to its end. Ctrl-C stops following, not the run:
+The exit status is 0 if the run came to its last round, 12 if it ended early with a result, and
+7 if it failed or has none. Ctrl-C stops following, not the run:
 `fedlr status <folder>` shows it, `fedlr stop <folder> <run>` ends it."""
 
 POLL_S = 3.0
@@ -64,8 +68,8 @@ def run(words: Sequence[str]) -> int:
         words: A coordinator's folder, overrides and options, or ``--help``.
 
     Returns:
-        0 if the run was completed (with ``--detach``: submitted); errors are raised as
-        `fedlr.errors.FedlrError`.
+        0 if the run came to its last round (with ``--detach``: was submitted); errors are raised
+        as `fedlr.errors.FedlrError`, and so is the early end of a run that has a result.
     """
     parser = Parser("submit", _ABOUT)
     parser.add_argument("folder", type=Path, help="the coordinator's folder")
@@ -89,11 +93,13 @@ def run(words: Sequence[str]) -> int:
         return 0
     follow(coordinator, submitted)
     print(submitted.folder)
+    again = _hint("submit", coordinator, "--resume", submitted.run)
+    check_ended(Path(submitted.folder), asked.config.federation.rounds, again)
     return 0
 
 
 def submit(coordinator: Coordinator, run: str, config: RunConfig, days: float) -> Submitted:
-    """Sign an order and hand it to the SuperLink.
+    """Sign an order, keep what it does not tell the sites, and hand it to the SuperLink.
 
     Args:
         coordinator: Whose key and server.
@@ -106,10 +112,11 @@ def submit(coordinator: Coordinator, run: str, config: RunConfig, days: float) -
     """
     now = int(time.time())
     try:
-        order = RunOrder(run, to_json(config), now, now + int(days * 86_400))
+        order = RunOrder(run, to_json(for_sites(config)), now, now + int(days * 86_400))
         text = sign(order, read_key(coordinator.key))
     except ValueError as error:
         raise ConfigError([f"the order cannot be signed: {error}"]) from error
+    keep(coordinator.configs, run, config)  # before a ServerApp can look for it
     with tempfile.TemporaryDirectory(prefix="fedlr-") as name:
         folder = Path(name)
         place = folder / "app"
@@ -201,7 +208,7 @@ def _check(config: RunConfig) -> None:
 
 
 def _again(coordinator: Coordinator, run: str, days: float) -> _Asked:
-    from fedlr.report.facts import read_facts
+    from fedlr.report.facts import FACTS_FILE, read_facts
     from server.session import read_config
 
     known = [one for one in all_submitted(coordinator) if one.run == run]
@@ -212,7 +219,17 @@ def _again(coordinator: Coordinator, run: str, days: float) -> _Asked:
     if not status.startswith("finished"):
         raise RunError(f"the run {run} is {status}; {_hint('stop', coordinator, run)} ends it")
     folder = Path(known[-1].folder)
-    return _Asked(run, read_config(folder, read_facts(folder)), days)
+    if (folder / FACTS_FILE).exists():
+        return _Asked(run, read_config(folder, read_facts(folder)), days)
+    config = kept(coordinator.configs, run)
+    if config is None:
+        raise RunError(
+            f"the run {run} never began, and {coordinator.configs} does not tell what it was to "
+            "be; start a new one"
+        )
+    say(f"the run {run} has not begun yet; its sites are asked again for the same")
+    _check(config)
+    return _Asked(run, config, days)
 
 
 def _hint(verb: str, coordinator: Coordinator, *words: str) -> str:

@@ -100,33 +100,22 @@ def range_problems(config: RunConfig) -> list[str]:
 def cross_problems(config: RunConfig) -> list[str]:
     """Contradictions between fields, each with the way out."""
     rules = [
-        *(*_federation_rules(config), *_data_rules(config), *_subspace_rules(config)),
-        *(*_combine_rules(config), *_model_rules(config), *_tracking_rules(config)),
-        *_rank_rules(config),
+        *(*_cohort_rules(config), *_engine_rules(config), *_data_rules(config)),
+        *(*_subspace_rules(config), *_combine_rules(config), *_model_rules(config)),
+        *(*_tracking_rules(config), *_rank_rules(config)),
     ]
     return [message for broken, message in rules if broken]
 
 
-def _federation_rules(config: RunConfig) -> list[tuple[bool, str]]:
+def _cohort_rules(config: RunConfig) -> list[tuple[bool, str]]:
     federation = config.federation
     asked = federation.clients_per_round + federation.spare_clients
-    deployed = federation.engine == "deploy"
     return [
         (
             federation.spare_clients > 0 and asked > federation.clients,
             f"federation.spare_clients = {federation.spare_clients} beside a cohort of "
             f"{federation.clients_per_round} must be ≤ federation.clients = {federation.clients}; "
             "lower one of them",
-        ),
-        (
-            deployed and config.privacy.policies is not None,
-            "privacy.policies is set but federation.engine = deploy asks real sites, whose "
-            "operators keep their own; set privacy.policies=null",
-        ),
-        (
-            deployed and config.adapter.rank_by_client is not None,
-            "adapter.rank_by_client is set but federation.engine = deploy asks real sites, whose "
-            "operators set max_rank; set adapter.rank_by_client=null",
         ),
         (
             federation.clients_per_round > federation.clients,
@@ -143,6 +132,23 @@ def _federation_rules(config: RunConfig) -> list[tuple[bool, str]]:
             f"federation.average_rounds = {federation.average_rounds} must be ≤ "
             f"federation.rounds = {federation.rounds}; lower it",
         ),
+    ]
+
+
+def _engine_rules(config: RunConfig) -> list[tuple[bool, str]]:
+    federation = config.federation
+    deployed = federation.engine == "deploy"
+    return [
+        (
+            deployed and config.privacy.policies is not None,
+            "privacy.policies is set but federation.engine = deploy asks real sites, whose "
+            "operators keep their own; set privacy.policies=null",
+        ),
+        (
+            deployed and config.adapter.rank_by_client is not None,
+            "adapter.rank_by_client is set but federation.engine = deploy asks real sites, whose "
+            "operators set max_rank; set adapter.rank_by_client=null",
+        ),
         (
             federation.address is not None and federation.engine != "ray",
             f"federation.address = {federation.address!r} but federation.engine = "
@@ -153,16 +159,16 @@ def _federation_rules(config: RunConfig) -> list[tuple[bool, str]]:
             f"federation.address = {federation.address!r} must be host:port of a Ray cluster's "
             "head, e.g. 10.0.0.1:6379",
         ),
-        (
-            config.partition.kind == "dirichlet" and config.partition.alpha is None,
-            "partition.alpha is missing; partition=dirichlet needs it, e.g. partition.alpha=0.5",
-        ),
     ]
 
 
 def _data_rules(config: RunConfig) -> list[tuple[bool, str]]:
     data = config.data
     return [
+        (
+            config.partition.kind == "dirichlet" and config.partition.alpha is None,
+            "partition.alpha is missing; partition=dirichlet needs it, e.g. partition.alpha=0.5",
+        ),
         (
             data.kind == "file" and not data.path,
             missing("data.path", "a text"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -88,7 +88,6 @@ def new_server(authority: Authority, hosts: Sequence[str]) -> tuple[bytes, bytes
     """
     key, now = ec.generate_private_key(ec.SECP384R1()), datetime.now(UTC)
     names = [_general_name(host) for host in dict.fromkeys((*hosts, "localhost", "127.0.0.1"))]
-    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key())
     certificate = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])]))
@@ -103,7 +102,7 @@ def new_server(authority: Authority, hosts: Sequence[str]) -> tuple[bytes, bytes
         .add_extension(_usage(signs=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(issuer, critical=False)
+        .add_extension(_issuer(authority), critical=False)
         .sign(authority.key, hashes.SHA384())
     )
     return certificate.public_bytes(Encoding.PEM), private_bytes(key)
@@ -126,7 +125,8 @@ def read_authority(certificate: Path, key: Path) -> Authority:
 
     Raises:
         ConfigError: A file cannot be read, holds something else, or the two do not belong
-            together.
+            together; or the certificate may sign no others, or is not good now. A server's
+            certificate that it signed would be refused by every site.
     """
     try:
         found = x509.load_pem_x509_certificate(certificate.read_bytes())
@@ -141,9 +141,32 @@ def read_authority(certificate: Path, key: Path) -> Authority:
         ) from error
     if not isinstance(private, ec.EllipticCurvePrivateKey):
         raise ConfigError([f"the key {key} of the authority must be one of an elliptic curve"])
+    problems = _unfit(certificate, found)
     if private.public_key() != found.public_key():
-        raise ConfigError([f"the key {key} does not belong to the certificate {certificate}"])
+        problems.append(f"the key {key} does not belong to the certificate {certificate}")
+    if problems:
+        raise ConfigError(problems)
     return Authority(found, private)
+
+
+def _unfit(path: Path, certificate: x509.Certificate) -> list[str]:
+    """Return why no site would trust what this certificate signed; empty if they do."""
+    problems, found, now = [], certificate.extensions, datetime.now(UTC)
+    constraints = [one.value for one in found if isinstance(one.value, x509.BasicConstraints)]
+    usages = [one.value for one in found if isinstance(one.value, x509.KeyUsage)]
+    if not any(one.ca for one in constraints) or not all(one.key_cert_sign for one in usages):
+        problems.append(
+            f"the certificate {path} is not that of an authority: its basic constraints must say "
+            "CA:TRUE, and its key usage, if it has one, keyCertSign; give the authority's own, "
+            "not one that it signed"
+        )
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if not begins <= now < ends:
+        problems.append(
+            f"the certificate {path} is good from {begins:%Y-%m-%d %H:%M} to {ends:%Y-%m-%d %H:%M} "
+            f"UTC, and now it is {now:%Y-%m-%d %H:%M}; give the authority's current one"
+        )
+    return problems
 
 
 def new_node_key() -> tuple[bytes, bytes]:
@@ -175,6 +198,49 @@ def write_new(path: Path, content: bytes, mode: int = 0o644) -> None:
         raise ConfigError([f"{path} exists already and is not replaced"]) from error
     except OSError as error:
         raise ConfigError([f"{path} cannot be written: {error.strerror or error}"]) from error
+
+
+def replace_kept(contents: Mapping[Path, tuple[bytes, int]]) -> None:
+    """Replace files in their order, each with the owner, group and mode of the old one.
+
+    Args:
+        contents: New content by file, and the mode of a file that is missing.
+
+    Raises:
+        ConfigError: One cannot be written, or not be given to its owner; no file is replaced
+            then.
+    """
+    drafts = {path: path.with_name(f"{path.name}.new") for path in contents}
+    try:
+        for path, (content, mode) in contents.items():
+            drafts[path].unlink(missing_ok=True)
+            old = path.stat() if path.exists() else None
+            write_new(drafts[path], content, 0o600)
+            if old is not None:
+                os.chown(drafts[path], old.st_uid, old.st_gid)
+            drafts[path].chmod(mode if old is None else old.st_mode & 0o777)
+        for path, draft in drafts.items():
+            draft.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            [
+                f"{error.filename}: {error.strerror or error}; use the user who owns "
+                f"{', '.join(map(str, contents))}, or root"
+            ]
+        ) from error
+    finally:
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
+
+
+def _issuer(authority: Authority) -> x509.AuthorityKeyIdentifier:
+    """Return the identifier of an authority's key: its own, however that was computed."""
+    own = x509.SubjectKeyIdentifier
+    try:
+        found = authority.certificate.extensions.get_extension_for_class(own).value
+    except x509.ExtensionNotFound:
+        found = own.from_public_key(authority.key.public_key())
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(found)
 
 
 def _usage(signs: bool) -> x509.KeyUsage:

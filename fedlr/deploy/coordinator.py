@@ -23,12 +23,15 @@ from fedlr.deploy.certificates import (
     new_server,
     private_bytes,
     read_authority,
+    replace_kept,
     write_new,
 )
 from fedlr.deploy.fresh import fresh_folder
 from fedlr.deploy.units import unit
+from fedlr.deploy.users import name_problems
 from fedlr.errors import ConfigError
 from fedlr.signing import new_key
+from fedlr.told import KEPT
 
 CONNECTION = "fedlr"
 """Name of the connection in Flower's own settings."""
@@ -112,9 +115,15 @@ class Coordinator:
         """Which of Flower's runs is which of ours."""
         return self.folder / "submitted"
 
+    @property
+    def configs(self) -> Path:
+        """Whole configurations of the submitted runs, of which sites are told less."""
+        return self.submitted / "configs"
+
     def environment(self) -> dict[str, str]:
         """Return the variables that the server's programs need, beside those they are given."""
-        return {"FLWR_HOME": str(self.home), **OFFLINE, "PATH": search_path()}
+        own = {"FLWR_HOME": str(self.home), KEPT: str(self.configs)}
+        return {**own, **OFFLINE, "PATH": search_path()}
 
     def commands(self, port: int) -> dict[str, list[str]]:
         """Return the server's two programs, by name.
@@ -174,8 +183,7 @@ class ServerSettings:
         ]
         if not self.hosts:
             problems.append("--host is missing; give the name under which sites reach the server")
-        if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", self.user):
-            problems.append(f"user {self.user!r} cannot be the name of a user")
+        problems += name_problems({"--user": self.user})
         if problems:
             raise ConfigError(problems)
 
@@ -223,23 +231,40 @@ def read_coordinator(folder: Path) -> Coordinator:
     return found
 
 
-def renew_certificate(coordinator: Coordinator, hosts: Sequence[str]) -> None:
+def renew_certificate(
+    coordinator: Coordinator, hosts: Sequence[str], authority_key: Path | None = None
+) -> None:
     """Replace the server's certificate and key; sites, who trust the authority, change nothing.
 
+    Args:
+        coordinator: Whose.
+        hosts: As in `fedlr.deploy.certificates.new_server`.
+        authority_key: Key of an authority that is not kept here; None takes ``ca.key``.
+
     Raises:
-        ConfigError: The authority's key is not here.
+        ConfigError: The authority's key is not here, or the authority is unfit. Both files
+            are then as they were.
+
+    Guarantees:
+        The files keep their owner, group and mode, whoever calls.
     """
-    authority = read_authority(coordinator.authority, coordinator.authority_key)
-    certificate, key = new_server(authority, hosts)
+    place = authority_key or coordinator.authority_key
+    if not place.exists():
+        raise ConfigError(
+            [
+                f"the authority's key {place} is not here; give it with --authority-key <file>, or "
+                f"have its owner sign a new certificate, and put that and its key at "
+                f"{coordinator.certificate} and {coordinator.certificate_key} by hand"
+            ]
+        )
+    certificate, key = new_server(read_authority(coordinator.authority, place), hosts)
     # The key first: a proxy that reads them in between finds two that do not fit, and says so.
-    for path, content, mode in (
-        (coordinator.certificate_key, key, 0o600),
-        (coordinator.certificate, certificate, 0o644),
-    ):
-        draft = path.with_suffix(".new")
-        draft.unlink(missing_ok=True)
-        write_new(draft, content, mode)
-        draft.replace(path)
+    replace_kept(
+        {
+            coordinator.certificate_key: (key, 0o600),
+            coordinator.certificate: (certificate, 0o644),
+        }
+    )
 
 
 def program(name: str) -> str:

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fedlr.deploy.certificates import new_node_key, write_new
 from fedlr.deploy.coordinator import OFFLINE, program, search_path
 from fedlr.deploy.fresh import fresh_folder
 from fedlr.deploy.units import unit
+from fedlr.deploy.users import exists, missing, name_problems
 from fedlr.errors import ConfigError
 
 AGENT_STOP_S = 3600
@@ -103,6 +104,9 @@ class SiteSettings:
         node_user: User of the node, another one.
         group: Group of the node's user, which may open the socket.
         node_port: Port of the node's own programs.
+
+    Raises:
+        ConfigError: A name, place or port cannot be one; all problems at once.
     """
 
     server: str
@@ -119,6 +123,8 @@ class SiteSettings:
             problems.append(f"--server {self.server!r} must be host:port, e.g. fl.example.org:443")
         if not self.disjoint.strip():
             problems.append("--disjoint is empty; say why no ledger of these data exists yet")
+        named = {"--user": self.user, "--node-user": self.node_user}
+        problems += name_problems({**named, **({"--group": self.group} if self.group else {})})
         if self.user == self.node_user:
             problems.append(
                 f"--user and --node-user are both {self.user!r}; what runs as the node's user must "
@@ -130,16 +136,23 @@ class SiteSettings:
             raise ConfigError(problems)
 
 
-def write_site(folder: Path, policy: Mapping[str, Any], settings: SiteSettings) -> SiteFolder:
-    """Make the folder of a site, whole or not at all; its ledger is not among it.
+def write_site(
+    folder: Path,
+    policy: Mapping[str, Any],
+    settings: SiteSettings,
+    make_ledger: Callable[[Path], object],
+) -> SiteFolder:
+    """Make the folder of a site, whole or not at all.
 
     Args:
         folder: Does not exist yet, or is empty.
         policy: Content of the policy: values, then sections of values.
         settings: The rest.
+        make_ledger: Makes the ledger at the path that it is given, and lets go of it.
 
     Raises:
-        ConfigError: It holds something, or cannot be made.
+        ConfigError: The folder holds something, or cannot be made.
+        FedlrError: As ``make_ledger``.
     """
     made = SiteFolder(folder.expanduser().absolute())
     # The node's user passes through what is the agent's; whatever is in it is closed on its own.
@@ -155,6 +168,7 @@ def write_site(folder: Path, policy: Mapping[str, Any], settings: SiteSettings) 
         write_new(draft.policy, policy_text(policy).encode(), 0o600)
         for name, text in _units(made, settings).items():
             write_new(draft.folder / name, text.encode())
+        make_ledger(draft.ledger)
     return made
 
 
@@ -162,26 +176,27 @@ def hand_over(made: SiteFolder, settings: SiteSettings) -> list[str]:
     """Give the files to the users of agent and node, where this process may.
 
     Returns:
-        The commands that do it, for somebody who may; none where it is done.
+        The commands that do what is left, for somebody who may; none where nothing is: users
+        that are not there yet, their group, and the files.
     """
     folder, node = shlex.quote(str(made.folder)), shlex.quote(str(made.node))
+    users = (settings.node_user, settings.user)
+    left = missing(users, settings.group)
     commands = [
         f"chown -R {settings.user}: {folder}",
         f"chown -R {settings.node_user}: {node}",
         f"chmod 711 {folder}",  # the node's user passes through, and reads nothing on the way
     ]
-    if os.geteuid() != 0:
-        return commands
+    if os.geteuid() != 0 or not all(map(exists, users)):
+        return left + commands
     try:
         for place, user in ((made.folder, settings.user), (made.node, settings.node_user)):
             for path in (place, *place.rglob("*")):
                 shutil.chown(path, user=user, group=-1)
         made.folder.chmod(0o711)
-    except LookupError:
-        users = [f"useradd --system {name}" for name in (settings.node_user, settings.user)]
-        joined = [f"usermod -aG {settings.group} {settings.user}"] if settings.group else []
-        return [*users, *joined, *commands]
-    return []
+    except OSError:  # a file system that knows no owners, or a root without that right
+        return left + commands
+    return left
 
 
 def policy_text(policy: Mapping[str, Any]) -> str:

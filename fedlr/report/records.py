@@ -175,7 +175,8 @@ class Summary:
         wall_s: Duration of the run, seconds.
         server_s: The part of it spent aggregating, seconds.
         clients: One entry per client, in the order of the federation.
-        notices: Sentences a reader of the numbers must know.
+        notices: Sentences a reader of the numbers must know; the last one says why rounds are
+            missing, where any are.
 
     Raises:
         ValueError: A value outside its range, or an ε that contradicts

@@ -24,7 +24,7 @@ BUILT = (
 COMPOSITION = (
     *("fedlr.config", "fedlr.planning", "fedlr.forecast"),
     *("fedlr.reuse", "fedlr.method_choice", "fedlr.build", "fedlr.restore", "fedlr.orders"),
-    *("fedlr.head_choice", "fedlr.method_facts", "fedlr.signing"),
+    *("fedlr.head_choice", "fedlr.method_facts", "fedlr.signing", "fedlr.told"),
 )
 
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
@@ -56,12 +56,16 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "fedlr.restore": BUILT,
     "fedlr.doctor": (*BUILT, "fedlr.restore"),
     "fedlr.signing": (*BASE, "fedlr.report.strict_json"),
-    "fedlr.deploy": (*BASE, "fedlr.signing"),
+    "fedlr.told": (*BASE, *RECORDS, "fedlr.config"),
+    "fedlr.deploy": (*BASE, "fedlr.signing", "fedlr.told"),
     "fedlr.orders": (
         *(*BASE, *SHOWING, "fedlr.config", "fedlr.planning"),
         *("fedlr.privacy", "fedlr.methods"),
     ),
-    "server": (*BUILT, "fedlr.orders", "fedlr.signing", "fedlr.restore", "fedlr.doctor"),
+    "server": (
+        *(*BUILT, "fedlr.orders", "fedlr.signing", "fedlr.told", "fedlr.restore"),
+        "fedlr.doctor",
+    ),
     "client": (
         *(*WORK, "fedlr.config", "fedlr.planning", "fedlr.build", "fedlr.orders"),
         *("fedlr.reuse", "fedlr.signing", "fedlr.doctor", "fedlr.report.strict_json"),
@@ -101,7 +105,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "torch": (*MATHEMATICS, "fedlr.cli"),
     "numpy": (*MATHEMATICS, "fedlr.report.plots"),
     "safetensors": (*MATHEMATICS,),
-    "filelock": ("server", "client.agent", "fedlr.report.sweep"),
+    "filelock": ("server", "client.hold", "fedlr.report.sweep"),
     "triton": ("fedlr.kernels.*.triton",),
     "peft": ("fedlr.adapters",),
     "bitsandbytes": ("fedlr.adapters.quantised",),

@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from fedlr.cli.main import main
 from fedlr.cli.overrides import spread
 from fedlr.cli.plan import _varied
+from fedlr.errors import EndedEarly
 from fedlr.privacy import accounting, composition
 from fedlr.privacy.events import Release
 from fedlr.privacy.ledger import SqliteLedger
@@ -148,7 +149,8 @@ def test_a_run_stops_where_its_policies_were_planned_to_stop_it(
         Stop(by="policy.epsilon_per_run", bound=bound, joins=2, scheduled_round=2),
         Stop(by="policy.max_joins", bound=1.0, joins=1, scheduled_round=1),
     ]
-    summary = read_summary(simulate(tmp_path, given) / "summary.json")
+    run = simulate(tmp_path, given, status=EndedEarly.exit_code)
+    summary = read_summary(run / "summary.json")
     assert [client.joins for client in summary.clients] == [2, 1]
     for forecast, done in zip(found.clients, summary.clients, strict=True):
         assert forecast.epsilon_scheduled == forecast.epsilon_max == done.epsilon

@@ -7,7 +7,7 @@ import stat
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,15 @@ import pytest
 
 from fedlr.cli import flower, submit
 from fedlr.cli.main import main
+from fedlr.config import from_json
 from fedlr.deploy.certificates import new_node_key
 from fedlr.deploy.coordinator import Coordinator, read_coordinator
+from fedlr.errors import EndedEarly
+from fedlr.report.records import write_summary
 from fedlr.signing import public_key, read_key, verify
+from fedlr.told import for_sites, kept
 from tests.cli.small import small
+from tests.report.samples import SUMMARY
 
 FLWR = """\
 #!{python}
@@ -118,10 +123,10 @@ def words(tmp_path: Path) -> list[str]:
     return given
 
 
-def finish(server: Coordinator, run: str) -> None:
-    folder = server.runs / run
-    folder.mkdir(parents=True)
-    (folder / "summary.json").write_text("{}")
+def finish(server: Coordinator, run: str, rounds: int = 3) -> None:
+    (server.runs / run).mkdir(parents=True)
+    told = (*SUMMARY.notices, "round 2: 1 of 2 clients sent an update") if rounds < 3 else ()
+    write_summary(server.runs / run / "summary.json", replace(SUMMARY, rounds=rounds, notices=told))
 
 
 def test_show_tells_what_sites_need(
@@ -169,6 +174,9 @@ def test_a_site_is_let_in_once_and_kept_out_again(
         ["register", "{folder}", "key.pub"],
         ["show", "{folder}", "key.pub"],
         ["init", "{folder}/new", "--host", "a", "--authority", "x"],
+        ["renew", "{folder}", "--authority", "x", "--authority-key", "y"],
+        ["renew", "{folder}", "--authority-key", "nothing"],
+        ["show", "{folder}", "--authority-key", "y"],
         ["unregister", "{folder}", "--name", "../up"],
         ["explode", "{folder}"],
         ["show", "{folder}/none"],
@@ -189,6 +197,17 @@ def test_renewing_keeps_the_names(server: Coordinator, capsys: pytest.CaptureFix
     capsys.readouterr()
     main(["server", "show", str(server.folder), "--json"])
     assert json.loads(capsys.readouterr().out)["hosts"][0] == "fl.example.org"
+
+
+def test_an_authority_s_key_that_is_kept_elsewhere_is_given(
+    server: Coordinator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away = server.authority_key.rename(tmp_path / "away.key")
+    assert main(["server", "renew", str(server.folder)]) == 2
+    assert "--authority-key" in capsys.readouterr().err
+    before = server.certificate.read_bytes()
+    assert main(["server", "renew", str(server.folder), "--authority-key", str(away)]) == 0
+    assert server.certificate.read_bytes() != before
 
 
 @pytest.fixture
@@ -219,13 +238,41 @@ def test_a_run_is_signed_handed_over_and_followed(
     config = json.loads(order.config)
     assert config["privacy"]["epsilon"] == 3.0
     assert config["federation"]["engine"] == "deploy"
-    assert config["output"] == str(server.runs)
-    assert Path(config["data"]["path"]).is_absolute()
+    # The sites' operators read this: nothing in it tells of the server's disk.
+    assert str(server.folder.parent) not in text
+    whole = kept(server.configs, order.run)
+    assert whole is not None
+    assert whole.output == str(server.runs)
+    assert Path(str(whole.data.path)).is_absolute()
+    assert for_sites(whole) == from_json(order.config)
     assert told.out.splitlines()[-1] == str(server.runs / order.run)
     assert "round 1/3" in told.out
     assert flower.all_submitted(server) == [
         flower.Submitted("77", order.run, str(server.runs / order.run))
     ]
+
+
+def test_a_run_that_ended_early_has_a_status_of_its_own(
+    server: Coordinator,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    remember: Callable[..., None] = flower.remember
+
+    def remembered(coordinator: Coordinator, one: flower.Submitted) -> None:
+        remember(coordinator, one)
+        finish(coordinator, one.run, rounds=1)
+
+    monkeypatch.setattr(submit, "remember", remembered)
+    assert main(["submit", str(server.folder), *words]) == EndedEarly.exit_code == 12
+    told = capsys.readouterr()
+    (one,) = flower.all_submitted(server)
+    assert told.out.splitlines()[-1] == one.folder
+    why = told.err.splitlines()[-1]
+    assert "after 1 of 3 rounds (round 2: 1 of 2 clients sent an update)" in why
+    assert f"in {one.folder}" in why
+    assert f"--resume {one.run}" in why
 
 
 @pytest.mark.parametrize(
@@ -336,5 +383,26 @@ def test_a_run_that_goes_on_is_known_and_over(
     capsys.readouterr()
     assert main(["submit", str(server.folder), "--resume", one.run]) == 7
     assert "is running" in capsys.readouterr().err
-    assert main(["submit", str(server.folder), "--resume", one.run]) == 7
-    assert "no run folder" in capsys.readouterr().err  # it never began
+
+
+def test_a_run_that_never_began_is_asked_for_again(
+    server: Coordinator, flwr: Flower, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flwr.answers(list=runs("finished:failed", "0 of 2 clients answered"))
+    assert main(["submit", str(server.folder), *words, "optimizer.steps=2"]) == 7
+    (one,) = flower.all_submitted(server)
+    (server.runs / one.run).mkdir(parents=True)  # what a ServerApp may leave that died early
+    capsys.readouterr()
+    again = ["submit", str(server.folder), "--resume", one.run, "--detach"]
+    assert main(again) == 0
+    assert "has not begun yet" in capsys.readouterr().err
+    first, second = (
+        verify(tomllib.loads(call["run_config"])["order"], [public_key(read_key(server.key))])
+        for call in flwr.calls
+        if call["words"][0] == "run"
+    )
+    assert first.digest == second.digest  # what an operator has approved stays approved
+    assert json.loads(second.config)["optimizer"]["steps"] == 2
+    (server.configs / f"{one.run}.json").unlink()
+    assert main(again) == 7
+    assert "never began" in capsys.readouterr().err

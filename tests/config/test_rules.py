@@ -276,8 +276,8 @@ def test_a_contradiction_is_one_sentence_with_a_way_out(
 def test_every_cross_rule_is_in_the_table() -> None:
     plain = RunConfig()
     groups = (
-        *(rules._federation_rules, rules._data_rules, rules._combine_rules, rules._subspace_rules),
-        *(rules._model_rules, rules._tracking_rules, rules._rank_rules),
+        *(rules._cohort_rules, rules._engine_rules, rules._data_rules, rules._combine_rules),
+        *(rules._subspace_rules, rules._model_rules, rules._tracking_rules, rules._rank_rules),
     )
     assert sum(len(group(plain)) for group in groups) == len(CONTRADICTIONS)
     assert rules.cross_problems(plain) == []

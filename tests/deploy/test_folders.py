@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import shlex
+import shutil
 import stat
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -22,8 +26,9 @@ from fedlr.deploy.coordinator import (
     renew_certificate,
     write_coordinator,
 )
-from fedlr.deploy.site_folder import SiteSettings, hand_over, policy_text, write_site
+from fedlr.deploy.site_folder import SiteFolder, SiteSettings, hand_over, policy_text, write_site
 from fedlr.deploy.units import unit
+from fedlr.deploy.users import missing
 from fedlr.errors import ConfigError
 from fedlr.signing import public_key, read_key
 
@@ -101,8 +106,10 @@ def test_another_authority_is_used_and_its_key_not_copied(tmp_path: Path) -> Non
     second = write_coordinator(tmp_path / "second", given)
     assert second.authority.read_bytes() == first.authority.read_bytes()
     assert not second.authority_key.exists()
-    with pytest.raises(ConfigError, match=r"ca\.key"):
+    with pytest.raises(ConfigError, match=r"ca\.key is not here; give it with --authority-key"):
         renew_certificate(second, ["b.example.org"])
+    renew_certificate(second, ["c.example.org"], first.authority_key)
+    assert names_of(second.certificate.read_bytes())[0] == "c.example.org"
 
 
 def test_a_renewed_certificate_is_for_the_same_authority(made: Coordinator) -> None:
@@ -143,12 +150,16 @@ def settings(folder: Path, **changes: Any) -> SiteSettings:
     return SiteSettings(**(values | changes))
 
 
+def site(folder: Path, options: SiteSettings) -> SiteFolder:
+    return write_site(folder, POLICY, options, lambda ledger: ledger.touch(0o600))
+
+
 def test_a_policy_is_read_as_it_was_meant() -> None:
     assert tomllib.loads(policy_text(POLICY)) == POLICY
 
 
 def test_a_site_s_secrets_are_its_own(tmp_path: Path) -> None:
-    made = write_site(tmp_path / "site", POLICY, settings(tmp_path))
+    made = site(tmp_path / "site", settings(tmp_path))
     assert open_to_others(made.folder) == {
         *("node/key.pub", "node/ca.crt", "fedlr-agent.service", "fedlr-supernode.service")
     }
@@ -157,13 +168,13 @@ def test_a_site_s_secrets_are_its_own(tmp_path: Path) -> None:
     assert not made.socket.parent.exists()  # the agent makes it, for the group that it has then
     assert tomllib.loads(made.policy.read_text()) == POLICY
     with pytest.raises(ConfigError, match="exists already"):
-        write_site(tmp_path / "site", POLICY, settings(tmp_path))
+        site(tmp_path / "site", settings(tmp_path))
 
 
 def test_the_node_is_told_the_agent_as_flower_reads_it(tmp_path: Path) -> None:
     from flwr.common.config import parse_config_args
 
-    made = write_site(tmp_path / "a site", POLICY, settings(tmp_path))
+    made = site(tmp_path / "a site", settings(tmp_path))
     text = (made.folder / "fedlr-supernode.service").read_text()
     words = shlex.split(next(x for x in text.splitlines() if x.startswith("ExecStart="))[10:])
     found = parse_config_args([words[words.index("--node-config") + 1]])
@@ -174,7 +185,7 @@ def test_the_node_is_told_the_agent_as_flower_reads_it(tmp_path: Path) -> None:
 
 def test_users_that_are_not_there_are_made_by_hand(tmp_path: Path) -> None:
     options = settings(tmp_path, user="nobody-here-1", node_user="nobody-here-2")
-    made = write_site(tmp_path / "site", POLICY, options)
+    made = site(tmp_path / "site", options)
     told = hand_over(made, options)
     assert any(line.startswith("chown -R nobody-here-1:") for line in told)
     assert any(line.startswith("chown -R nobody-here-2:") for line in told)
@@ -185,11 +196,33 @@ def test_users_that_are_not_there_are_made_by_hand(tmp_path: Path) -> None:
 def test_root_hands_the_files_over(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    options = settings(tmp_path, user="daemon", node_user="nobody")
-    made = write_site(tmp_path / "site", POLICY, options)
+    options = settings(tmp_path, user="daemon", node_user="nobody", group=None)
+    made = site(tmp_path / "site", options)
     assert hand_over(made, options) == []
     assert (made.policy.owner(), made.key.owner()) == ("daemon", "nobody")
     assert made.folder.stat().st_mode & 0o777 == 0o711
+
+
+def test_who_is_not_in_the_socket_s_group_is_told(tmp_path: Path) -> None:
+    group = grp.getgrgid(pwd.getpwnam("nobody").pw_gid).gr_name
+    options = settings(tmp_path, user="daemon", node_user="nobody", group=group)
+    made = site(tmp_path / "site", options)
+    left = hand_over(made, options)
+    assert left[0] == f"usermod -aG {group} daemon"
+    if os.geteuid() == 0:
+        assert left[1:] == []
+        assert made.policy.owner() == "daemon"
+    new = ["nobody-here-2", "nobody-here-1"]
+    assert missing(new, "nobody-here-2") == [
+        "useradd --system nobody-here-2",
+        "useradd --system nobody-here-1",
+        "usermod -aG nobody-here-2 nobody-here-1",
+    ]
+    assert missing(["daemon"], "no-group-here") == [
+        "groupadd --system no-group-here",
+        "usermod -aG no-group-here daemon",
+    ]
+    assert missing(["daemon", "nobody"], None) == []
 
 
 def test_what_a_site_is_told_wrong_is_said_at_once(tmp_path: Path) -> None:
@@ -204,7 +237,7 @@ def test_what_a_site_is_told_wrong_is_said_at_once(tmp_path: Path) -> None:
 def test_a_certificate_that_is_not_there_leaves_no_folder(tmp_path: Path) -> None:
     options = settings(tmp_path, authority=tmp_path / "none.crt")
     with pytest.raises(ConfigError, match=r"none\.crt"):
-        write_site(tmp_path / "site", POLICY, options)
+        site(tmp_path / "site", options)
     assert not (tmp_path / "site").exists()
 
 
@@ -222,6 +255,53 @@ def test_a_unit_reads_words_as_systemd_does() -> None:
     assert 'Environment="K=a b"' in lines
     assert 'ReadWritePaths="/x y"' in lines
     assert "TimeoutStopSec=7" in lines
+
+
+def test_a_dollar_is_a_letter_but_behind_the_program() -> None:
+    text = unit(
+        "100% d", ["/a$b/c%d", "$x"], {"K": "a$b\\c%"}, "u", {"ReadWritePaths": [Path("/x$y")]}, 7
+    )
+    lines = text.splitlines()
+    assert "Description=100%% d" in lines
+    assert "ExecStart=/a$b/c%%d $$x" in lines
+    assert 'Environment="K=a$b\\\\c%%"' in lines
+    assert "ReadWritePaths=/x$y" in lines
+
+
+@pytest.mark.parametrize("at", ["description", "command", "environment", "paths"])
+def test_no_word_begins_another_setting(at: str) -> None:
+    bad = "/a\nExecStartPre=/bin/b"
+    given = {name: bad if name == at else "/x" for name in ("description", "command")}
+    words = [given["command"]]
+    variables = {"K": bad if at == "environment" else "v"}
+    places = {"ReadWritePaths": [Path(bad if at == "paths" else "/x")]}
+    with pytest.raises(ConfigError, match="control character"):
+        unit(given["description"], words, variables, "u", places, 7)
+
+
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    """Its own reader, on a program and a folder with every letter that it might read otherwise."""
+    reader = shutil.which("systemd-analyze")
+    if reader is None:
+        pytest.skip("systemd-analyze is not installed")
+    place = tmp_path / "a $b %c"
+    place.mkdir()
+    program = place / "program"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    words = [str(program), "$HOME", "50%", 'a "b"', "c\\d", "e'f", ";"]
+    text = unit("d", words, {"K": "$a %b \\c"}, "root", {"ReadWritePaths": [place]}, 7)
+    (tmp_path / "made.service").write_text(text)
+    told = subprocess.run(
+        [reader, "verify", "--man=no", str(tmp_path / "made.service")],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stderr
+    ours = [line for line in told.splitlines() if "made.service" in line]
+    # Before version 254 systemd tries again after the same time always, and says so.
+    newer = ("RestartSteps", "RestartMaxDelaySec")
+    assert [line for line in ours if not any(key in line for key in newer)] == []
 
 
 def test_the_app_is_one_that_flower_builds(tmp_path: Path) -> None:

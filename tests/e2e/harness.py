@@ -20,7 +20,7 @@ from pathlib import Path
 from fedlr.build import source_spec
 from fedlr.cli.compose import compose
 from fedlr.data.sources import load
-from fedlr.planning import client_units
+from fedlr.planning import client_units, declared_size
 from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.ledger import SqliteLedger
 
@@ -276,13 +276,15 @@ def bring_up(made: Federation, clients: int, model: str) -> None:
     named = [word for label in labels for word in ("--label", label)]
 
     def init(index: int) -> None:
+        # As a simulation declares it, also where few rows could not be rounded.
+        size = declared_size(len((folder / f"rows-{index}.jsonl").read_text().splitlines()))
         fedlr(
             *("site", "init", str(made.site(index)), *checked, "--client", f"client-{index:03d}"),
             *("--data", str(folder / f"rows-{index}.jsonl"), *named, "--public"),
             *("--server", f"127.0.0.1:{port}", "--authority", str(made.server / "ca.crt")),
             *("--coordinator", key, "--epsilon-total", "100", "--disjoint", "made for a test"),
             *("--model", model, "--device", "cpu", "--group", "", "--delta", str(DELTA)),
-            *("--node-port", str(free_port())),
+            *("--node-port", str(free_port()), "--declared-size", str(size)),
         )
 
     with ThreadPoolExecutor(CORES) as pool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedlr.cli.main import main
+from fedlr.errors import EndedEarly
 from fedlr.privacy.accounting import epsilon
 from fedlr.privacy.events import Release
 from fedlr.privacy.ledger import JobKey, SqliteLedger
@@ -49,7 +50,8 @@ def test_budgets_that_end_at_different_rounds(
         text = f"[budget]\n{name} = {cost[index + 1] * (1 + 1e-9)!r}\n"
         (policies / f"client-{index:03d}.toml").write_text(text)
     capfd.readouterr()
-    run = simulate(second, *WORDS, f"privacy.policies={policies}")
+    words = (*WORDS, f"privacy.policies={policies}")
+    run = simulate(second, *words, status=EndedEarly.exit_code)
     out = capfd.readouterr().out
     summary = read_summary(run / "summary.json")
     assert [client.joins for client in summary.clients] == [1, 2, 3, 4, 5, 6]

@@ -21,6 +21,7 @@ from fedlr.errors import ConfigError, RunError
 from fedlr.report.facts import read_facts
 from fedlr.report.records import read_rounds, read_summary
 from fedlr.signing import announced
+from fedlr.told import KEPT, for_sites, keep
 from server.deployment import folder_of, run_deployed, server_rows
 from server.grid import InProcessGrid
 from server.journal import read_checkpoint
@@ -118,6 +119,19 @@ def test_epsilon_is_what_the_sites_report(tmp_path: Path) -> None:
     words = [path.read_text() for path in folder.glob("*.json*")]
     assert not any(str(site.ledger) in text for text in words for site in made.sites)
     assert (folder / "adapter" / "adapter_config.json").exists()
+
+
+def test_the_server_s_own_settings_are_not_in_the_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEPT, str(tmp_path / "kept"))
+    with federation(tmp_path, *DRY) as made:
+        order = made.order(for_sites(made.config))
+        assert str(tmp_path) not in order
+        keep(tmp_path / "kept", RUN, made.config)
+        folder = run_deployed(made.grid(order), order)
+    assert folder == made.folder
+    assert read_summary(folder / "summary.json").rounds == 3
 
 
 def test_other_verbs_take_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
