@@ -299,8 +299,8 @@ def bring_up(made: Federation, clients: int, model: str) -> None:
         made.start(f"node-{index}", made.site(index) / "fedlr-supernode.service")
     for index in range(clients):
         agent = made.programs[f"agent-{index}"]
-        wait_for(f"agent {index}", lambda agent=agent: "serving at" in agent.text)  # type: ignore[misc]
-    wait_for("all nodes", lambda: len(made.online()) == clients)
+        wait_for(f"agent {index}", lambda agent=agent: "serving at" in agent.text, 300)  # type: ignore[misc]
+    wait_for("all nodes", lambda: len(made.online()) == clients, 60 + 30 * clients)
 
 
 @contextmanager
