@@ -251,8 +251,9 @@ class Federation:
 
 def write_rows(folder: Path, words: Sequence[str], clients: int) -> tuple[str, ...]:
     """Put the rows of a simulation's clients into ``rows-<i>.jsonl``; return the label list."""
+    rows_of = [word for word in words if not word.startswith("federation.")]
     sizes = (f"federation.clients={clients}", f"federation.clients_per_round={clients}")
-    config = compose([*words, *sizes])
+    config = compose([*rows_of, *sizes])
     data = load(source_spec(config))
     for index, units in enumerate(client_units(config, data)):
         lines = [
