@@ -28,9 +28,11 @@ class SiteFolder:
 
     Attributes:
         folder: Absolute.
+        kept_in: Folder of its ledger, absolute; None is one in ``folder``.
     """
 
     folder: Path
+    kept_in: Path | None = None
 
     @property
     def policy(self) -> Path:
@@ -40,7 +42,7 @@ class SiteFolder:
     @property
     def ledger(self) -> Path:
         """The ledger of its data."""
-        return self.folder / "ledger" / "site.sqlite"
+        return (self.kept_in or self.folder / "ledger") / "site.sqlite"
 
     @property
     def socket(self) -> Path:
@@ -103,6 +105,8 @@ class SiteSettings:
         node_user: User of the node, another one.
         group: Group of the node's user, which may open the socket.
         node_port: Port of the node's own programs.
+        ledger_folder: Where the ledger is to be, such as a volume of a container: there, and empty;
+            None makes one in the site's folder.
     """
 
     server: str
@@ -112,6 +116,7 @@ class SiteSettings:
     node_user: str = "flower"
     group: str | None = "flower"
     node_port: int = 9094
+    ledger_folder: Path | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -126,8 +131,20 @@ class SiteSettings:
             )
         if not 1 <= self.node_port <= 65535:
             problems.append(f"--node-port {self.node_port} must be in [1, 65535]")
+        if self.ledger_folder is not None and not _is_empty(self.ledger_folder):
+            problems.append(
+                f"--ledger-folder {self.ledger_folder} must be a folder that is there, may be read "
+                "and is empty; a ledger that exists already goes on in the site that it is of"
+            )
         if problems:
             raise ConfigError(problems)
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def write_site(folder: Path, policy: Mapping[str, Any], settings: SiteSettings) -> SiteFolder:
@@ -141,12 +158,14 @@ def write_site(folder: Path, policy: Mapping[str, Any], settings: SiteSettings) 
     Raises:
         ConfigError: It holds something, or cannot be made.
     """
-    made = SiteFolder(folder.expanduser().absolute())
+    kept_in = settings.ledger_folder.absolute() if settings.ledger_folder else None
+    made = SiteFolder(folder.expanduser().absolute(), kept_in)
     # The node's user passes through what is the agent's; whatever is in it is closed on its own.
     with fresh_folder(made.folder, mode=0o755) as folder_draft:
         draft, authority = SiteFolder(folder_draft), settings.authority.read_bytes()
         draft.node.mkdir(mode=0o700)
-        draft.ledger.parent.mkdir(mode=0o700)
+        if kept_in is None:
+            draft.ledger.parent.mkdir(mode=0o700)
         (draft.node / "flower").mkdir()
         private, public = new_node_key()
         write_new(draft.key, private, 0o600)
@@ -165,15 +184,17 @@ def hand_over(made: SiteFolder, settings: SiteSettings) -> list[str]:
         The commands that do it, for somebody who may; none where it is done.
     """
     folder, node = shlex.quote(str(made.folder)), shlex.quote(str(made.node))
+    own = [made.folder, *([] if made.kept_in is None else [made.kept_in])]
     commands = [
-        f"chown -R {settings.user}: {folder}",
+        f"chown -R {settings.user}: {shlex.join(map(str, own))}",
         f"chown -R {settings.node_user}: {node}",
         f"chmod 711 {folder}",  # the node's user passes through, and reads nothing on the way
     ]
     if os.geteuid() != 0:
         return commands
     try:
-        for place, user in ((made.folder, settings.user), (made.node, settings.node_user)):
+        owners = [(place, settings.user) for place in own]
+        for place, user in (*owners, (made.node, settings.node_user)):
             for path in (place, *place.rglob("*")):
                 shutil.chown(path, user=user, group=-1)
         made.folder.chmod(0o711)
@@ -216,7 +237,7 @@ def _units(made: SiteFolder, settings: SiteSettings) -> dict[str, str]:
             command=made.agent_command(),
             environment={name: OFFLINE[name] for name in OFFLINE if not name.startswith("FLWR")},
             user=settings.user,
-            paths={"ReadWritePaths": (made.folder,)},
+            paths={"ReadWritePaths": (made.folder, *([made.kept_in] if made.kept_in else []))},
             stop_s=AGENT_STOP_S,
         ),
         "fedlr-supernode.service": unit(
