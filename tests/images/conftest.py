@@ -27,7 +27,7 @@ NEW_MOUNTS, NEW_NETWORK = 0x00020000, 0x40000000
 @pytest.fixture(scope="session")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
     if missing := [name for name in NEEDED if shutil.which(name) is None]:
-        pytest.skip(f"{', '.join(missing)} not installed; on Debian: buildah, util-linux, iproute2")
+        pytest.skip(f"{', '.join(missing)} missing; apt-get install buildah iproute2 nginx-light")
     if os.geteuid() != 0:
         pytest.skip("needs root, for namespaces and other users")
     kept = os.environ.get("IMAGES_STORE")

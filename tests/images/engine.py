@@ -21,8 +21,11 @@ from typing import Any
 import yaml
 
 HOST = "fl.example.org"
-NEEDED = ("buildah", "unshare", "nsenter", "setpriv", "ip", "chroot")
+NEEDED = ("buildah", "unshare", "nsenter", "setpriv", "ip", "chroot", "nginx")
 """Programs without which nothing here works."""
+
+START_S = 30.0
+"""Seconds that mounts may take."""
 
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
@@ -65,12 +68,15 @@ class Container:
 
     @property
     def pid(self) -> int:
-        """The service's first program, in its namespaces and on its root."""
-        shell = _children(self.process.pid)
-        program = _children(shell[0]) if shell else []
-        if not program:
-            raise AssertionError(f"it has ended:\n{self.text[-2000:]}")
-        return program[0]
+        """The service's first program, once it is on its root."""
+        end = time.monotonic() + START_S
+        while self.process.poll() is None and time.monotonic() < end:
+            for shell in _children(self.process.pid):
+                for program in _children(shell):
+                    if _on_a_root_of_its_own(program):
+                        return program
+            time.sleep(0.05)
+        raise AssertionError(f"it has ended:\n{self.text[-2000:]}")
 
     @property
     def text(self) -> str:
@@ -179,7 +185,7 @@ class Engine:
     def _new_network(self, service: Service) -> str:
         """Make a network on the bridge; the first one is the server's."""
         index = len(self._networks) + 2
-        name, here = f"n{index}", f"v{index}"
+        name, here = f"fedlr-{os.getpid()}-{index}", f"v{index}"
         _call("ip", "netns", "add", name)
         _call("ip", "link", "add", here, "type", "veth", "peer", "name", "eth0", "netns", name)
         _call("ip", "link", "set", here, "master", "bridge0", "up")
@@ -292,6 +298,14 @@ def _last(scratch: Path, inside: Sequence[str]) -> str:
 def _children(pid: int) -> list[int]:
     told = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(word) for word in told.read_text().split()] if told.exists() else []
+
+
+def _on_a_root_of_its_own(pid: int) -> bool:
+    """Whether a process has left this machine's root; until then the shell still mounts."""
+    try:
+        return Path(f"/proc/{pid}/root").stat().st_dev != Path("/").stat().st_dev
+    except OSError:
+        return False
 
 
 def _call(*words: str) -> None:
