@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help simulate test test-all e2e browser lint bench bench-gpu clean
+.PHONY: help simulate test test-all e2e images browser lint bench bench-gpu clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,10 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,dev]"
 	@touch $@
 
-test test-all e2e bench bench-gpu: export HF_HUB_OFFLINE := 1
-test test-all e2e bench bench-gpu: export HF_HUB_DISABLE_TELEMETRY := 1
-test test-all e2e bench bench-gpu: export FLWR_TELEMETRY_ENABLED := 0
-test test-all e2e bench bench-gpu: export TOKENIZERS_PARALLELISM := false
+test test-all e2e images bench bench-gpu: export HF_HUB_OFFLINE := 1
+test test-all e2e images bench bench-gpu: export HF_HUB_DISABLE_TELEMETRY := 1
+test test-all e2e images bench bench-gpu: export FLWR_TELEMETRY_ENABLED := 0
+test test-all e2e images bench bench-gpu: export TOKENIZERS_PARALLELISM := false
 
 # A process a core, with one thread of torch each: tests share nothing but the files of a module.
 WORKERS ?= 2
@@ -37,10 +37,16 @@ test: $(STAMP) ## Run the tests that take seconds; WORKERS=4 for four processes
 	$(IN_PARALLEL)
 
 test-all: $(STAMP) browser ## Run every test, the long statistical ones and those in a browser too
-	$(IN_PARALLEL) -m "not bench and not e2e" -o faulthandler_timeout=1800
+	$(IN_PARALLEL) -m "not bench and not e2e and not images" -o faulthandler_timeout=1800
 
 e2e: $(STAMP) ## Start a SuperLink, nodes and agents as processes, run the default job, break things
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e -m e2e -o faulthandler_timeout=1200
+
+# What pip installs as torch in them is TORCH; see tests/images/conftest.py for the other settings.
+images: export IMAGES_TORCH := $(TORCH)
+images: $(STAMP) ## Build the images with buildah, as root, and start a federation on them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/images -m images -x -s -rs \
+		-o faulthandler_timeout=3600
 
 browser: $(STAMP) ## Install Chromium where there is none: reports are tested in it
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \

@@ -30,6 +30,7 @@ VERBS = {
         "fedlr.cli.site",
         "bring up a real site; look at the runs that asked there, approve them",
     ),
+    "health": ("fedlr.cli.health", "ask a running agent, SuperLink or SuperNode if it serves"),
     "ledger": ("fedlr.cli.ledger", "show, verify, export or mend a data source's ledger"),
     "predict": ("fedlr.cli.predict", "classify texts with the model of a run"),
     "doctor": ("fedlr.cli.doctor", "check that privacy holds on this machine, model and device"),
@@ -53,6 +54,7 @@ usage: fedlr simulate [overrides]
        fedlr agent <policy.toml>
        fedlr site init <folder> …
        fedlr site <action> <policy.toml> [<run>]
+       fedlr health <address>
        fedlr ledger <action> <file>
        fedlr predict <run folder> "text" … [--json]
 

@@ -63,6 +63,7 @@ def init(words: Sequence[str]) -> int:
         node_user=given.node_user,
         group=given.group or None,
         node_port=given.node_port,
+        ledger_folder=given.ledger_folder,
     )
     asked, policy = compose(given.overrides), _policy(given, settings)
     _check_policy(policy, given.folder)
@@ -138,6 +139,7 @@ def _parser() -> Parser:
     option("--node-user", default="flower", help="user of the node")
     option("--group", default="flower", help="group of the node's user; empty: the agent's own")
     option("--node-port", type=int, default=9094)
+    option("--ledger-folder", type=Path, help="an empty folder, e.g. a volume; else in the site's")
     return parser
 
 
@@ -160,7 +162,7 @@ def _policy(given: argparse.Namespace, settings: SiteSettings) -> dict[str, Any]
         "unit": given.unit,
         "labels": given.label,
         "source_id": given.client,
-        "ledger": "ledger/site.sqlite",
+        "ledger": _ledger(settings),
         "budget": {name: value for name, value in budget.items() if value is not None},
         "allow": {
             "coordinators": [given.coordinator],
@@ -228,6 +230,11 @@ def _check_policy(policy: dict[str, Any], folder: Path) -> None:
         raise ConfigError(
             [f"a name or a label holds a letter that the policy, TOML, cannot hold: {error}"]
         ) from error
+
+
+def _ledger(settings: SiteSettings) -> str:
+    kept_in = settings.ledger_folder
+    return str(kept_in.absolute() / "site.sqlite") if kept_in else "ledger/site.sqlite"
 
 
 def _place(model: str) -> str:

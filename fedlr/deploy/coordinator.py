@@ -211,7 +211,14 @@ def write_coordinator(folder: Path, settings: ServerSettings) -> Coordinator:
         write_new(draft.certificate, certificate)
         write_new(draft.certificate_key, key, 0o600)
         write_new(draft.secret, secrets.token_bytes(32), 0o600)
-        for place in (draft.home, draft.database.parent, draft.runs, draft.sites, draft.submitted):
+        for place in (
+            draft.home,
+            draft.database.parent,
+            draft.runs,
+            draft.sites,
+            draft.submitted,
+            draft.configs,
+        ):
             place.mkdir(mode=0o750)
         for name, text in _texts(made, settings).items():
             write_new(draft.folder / name, text.encode())

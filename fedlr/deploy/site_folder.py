@@ -29,9 +29,11 @@ class SiteFolder:
 
     Attributes:
         folder: Absolute.
+        kept_in: Folder of its ledger, absolute; None is one in ``folder``.
     """
 
     folder: Path
+    kept_in: Path | None = None
 
     @property
     def policy(self) -> Path:
@@ -41,7 +43,7 @@ class SiteFolder:
     @property
     def ledger(self) -> Path:
         """The ledger of its data."""
-        return self.folder / "ledger" / "site.sqlite"
+        return (self.kept_in or self.folder / "ledger") / "site.sqlite"
 
     @property
     def socket(self) -> Path:
@@ -104,6 +106,8 @@ class SiteSettings:
         node_user: User of the node, another one.
         group: Group of the node's user, which may open the socket.
         node_port: Port of the node's own programs.
+        ledger_folder: Where the ledger is to be, such as a volume of a container: there, and empty;
+            None makes one in the site's folder.
 
     Raises:
         ConfigError: A name, place or port cannot be one; all problems at once.
@@ -116,6 +120,7 @@ class SiteSettings:
     node_user: str = "flower"
     group: str | None = "flower"
     node_port: int = 9094
+    ledger_folder: Path | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -132,8 +137,20 @@ class SiteSettings:
             )
         if not 1 <= self.node_port <= 65535:
             problems.append(f"--node-port {self.node_port} must be in [1, 65535]")
+        if self.ledger_folder is not None and not _is_empty(self.ledger_folder):
+            problems.append(
+                f"--ledger-folder {self.ledger_folder} must be a folder that is there, may be read "
+                "and is empty; a ledger that exists already goes on in the site that it is of"
+            )
         if problems:
             raise ConfigError(problems)
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def write_site(
@@ -154,12 +171,14 @@ def write_site(
         ConfigError: The folder holds something, or cannot be made.
         FedlrError: As ``make_ledger``.
     """
-    made = SiteFolder(folder.expanduser().absolute())
+    kept_in = settings.ledger_folder.absolute() if settings.ledger_folder else None
+    made = SiteFolder(folder.expanduser().absolute(), kept_in)
     # The node's user passes through what is the agent's; whatever is in it is closed on its own.
     with fresh_folder(made.folder, mode=0o755) as folder_draft:
         draft, authority = SiteFolder(folder_draft), settings.authority.read_bytes()
         draft.node.mkdir(mode=0o700)
-        draft.ledger.parent.mkdir(mode=0o700)
+        if kept_in is None:
+            draft.ledger.parent.mkdir(mode=0o700)
         (draft.node / "flower").mkdir()
         private, public = new_node_key()
         write_new(draft.key, private, 0o600)
@@ -168,7 +187,7 @@ def write_site(
         write_new(draft.policy, policy_text(policy).encode(), 0o600)
         for name, text in _units(made, settings).items():
             write_new(draft.folder / name, text.encode())
-        make_ledger(draft.ledger)
+        make_ledger(draft.ledger if kept_in is None else made.ledger)
     return made
 
 
@@ -182,15 +201,17 @@ def hand_over(made: SiteFolder, settings: SiteSettings) -> list[str]:
     folder, node = shlex.quote(str(made.folder)), shlex.quote(str(made.node))
     users = (settings.node_user, settings.user)
     left = missing(users, settings.group)
+    own = [made.folder, *([] if made.kept_in is None else [made.kept_in])]
     commands = [
-        f"chown -R {settings.user}: {folder}",
+        f"chown -R {settings.user}: {shlex.join(map(str, own))}",
         f"chown -R {settings.node_user}: {node}",
         f"chmod 711 {folder}",  # the node's user passes through, and reads nothing on the way
     ]
     if os.geteuid() != 0 or not all(map(exists, users)):
         return left + commands
     try:
-        for place, user in ((made.folder, settings.user), (made.node, settings.node_user)):
+        owners = [(place, settings.user) for place in own]
+        for place, user in (*owners, (made.node, settings.node_user)):
             for path in (place, *place.rglob("*")):
                 shutil.chown(path, user=user, group=-1)
         made.folder.chmod(0o711)
@@ -231,7 +252,7 @@ def _units(made: SiteFolder, settings: SiteSettings) -> dict[str, str]:
             command=made.agent_command(),
             environment={name: OFFLINE[name] for name in OFFLINE if not name.startswith("FLWR")},
             user=settings.user,
-            paths={"ReadWritePaths": (made.folder,)},
+            paths={"ReadWritePaths": (made.folder, *([made.kept_in] if made.kept_in else []))},
             stop_s=AGENT_STOP_S,
         ),
         "fedlr-supernode.service": unit(

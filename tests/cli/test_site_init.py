@@ -79,6 +79,18 @@ def test_a_site_is_made_checked_and_ready(
     assert "must be ≤" in capsys.readouterr().err
 
 
+def test_the_ledger_may_lie_in_a_volume(tmp_path: Path, rows: Path) -> None:
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    words = given(tmp_path / "site", rows, ledger_folder=str(volume))
+    assert main(words) == 0
+    declaration = read_declaration(tmp_path / "site" / "site.toml")
+    assert declaration.ledger == volume / "site.sqlite"
+    assert declaration.ledger.exists()
+    assert main(given(tmp_path / "again", rows, ledger_folder=str(volume))) == 2
+    assert not (tmp_path / "again").exists()
+
+
 def test_a_label_may_hold_a_comma_and_users_may_be_the_unit(tmp_path: Path, rows: Path) -> None:
     data = rows / "data" / "train.jsonl"
     lines = [{"text": "a b", "label": "yes, sir", "who": str(row % 7)} for row in range(40)]

@@ -225,6 +225,28 @@ def test_who_is_not_in_the_socket_s_group_is_told(tmp_path: Path) -> None:
     assert missing(["daemon", "nobody"], None) == []
 
 
+def test_a_ledger_may_have_a_folder_of_its_own(tmp_path: Path) -> None:
+    kept = tmp_path / "a volume"
+    kept.mkdir(mode=0o700)
+    options = settings(tmp_path, user="daemon", node_user="nobody", group=None, ledger_folder=kept)
+    made = site(tmp_path / "site", options)
+    assert made.ledger == kept / "site.sqlite"
+    assert not (made.folder / "ledger").exists()
+    unit_text = (made.folder / "fedlr-agent.service").read_text()
+    assert f'ReadWritePaths={made.folder} "{kept}"' in unit_text
+    left = hand_over(made, options)
+    if os.geteuid() == 0:
+        assert (left, kept.owner()) == ([], "daemon")
+    else:
+        assert f"chown -R daemon: {made.folder} '{kept}'" in left
+
+
+def test_a_ledger_s_folder_must_be_there_and_empty(tmp_path: Path) -> None:
+    for place in (tmp_path / "none", tmp_path):
+        with pytest.raises(ConfigError, match="--ledger-folder"):
+            settings(tmp_path, ledger_folder=place)
+
+
 def test_what_a_site_is_told_wrong_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         settings(
