@@ -29,7 +29,7 @@ from client.declaration import AgentSettings, Declaration
 from client.orderbook import OrderBook, orders_folder
 from client.resident import Resident
 from fedlr.config import from_json
-from fedlr.errors import BadUpdate, FedlrError, OrderRefused, RunError
+from fedlr.errors import BadUpdate, FedlrError, LedgerError, OrderRefused, RunError
 from fedlr.methods.method import ClientUpdate
 from fedlr.report.units import printable
 from fedlr.signing import RunOrder, verify
@@ -181,6 +181,9 @@ class Agent(AgentServicer):
         if isinstance(error, wire.WireError | BadUpdate):
             _log.error("refused, bad_job: %s", told)
             return "bad_job"
+        if isinstance(error, LedgerError):
+            _log.error("the ledger refuses: %s", told)
+            return "ledger"
         if isinstance(error, _Gone):
             _log.warning("a job was not begun: who asked has gone, or the agent stops")
         elif isinstance(error, FedlrError | grpc.RpcError):

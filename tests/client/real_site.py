@@ -62,7 +62,7 @@ class Place:
 
     @property
     def ledger(self) -> Path:
-        return self.folder / "ward.sqlite"
+        return self.declaration.ledger
 
     def config(self, *words: str) -> RunConfig:
         return compose([*self.words, *words])
