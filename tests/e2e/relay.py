@@ -1,5 +1,6 @@
-"""What stands for the reverse proxy: ``python -m tests.e2e.relay <address> <port>`` passes connections
-on to the same port of 127.0.0.1.
+"""Passes connections on to the same port of 127.0.0.1, as the reverse proxy does.
+
+``python -m tests.e2e.relay <address> <port>``
 """
 
 from __future__ import annotations

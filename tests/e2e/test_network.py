@@ -1,4 +1,4 @@
-"""A site whose network is cut for half a minute in the middle of a round: the run goes on, and ends.
+"""A site whose network is cut for half a minute within a round: the run goes on, and ends.
 
 Server and site have networks of their own, joined by a wire; nothing else is reached from either.
 """
@@ -61,19 +61,29 @@ def made(tmp_path_factory: pytest.TempPathFactory, line: Wire) -> Iterator[Feder
         relay.wait(20)
 
 
-def cut(line: Wire) -> None:
+def cut(line: Wire, port: int) -> None:
+    assert reached(line, port)
     line.set("down")
     try:
         time.sleep(CUT_S)
+        assert not reached(line, port)
     finally:
         line.set("up")
+    wait_for("the network", lambda: reached(line, port), 30)
+
+
+def reached(line: Wire, port: int) -> bool:
+    """Whether the site's end can connect to the server."""
+    code = f"import socket; socket.create_connection(('{line.here}', {port}), 2).close()"
+    words = [*line.at("site"), sys.executable, "-c", code]
+    return subprocess.run(words, capture_output=True, check=False).returncode == 0
 
 
 def test_a_network_that_is_cut_for_half_a_minute_ends_no_run(made: Federation, line: Wire) -> None:
     run = made.begin("optimizer.steps=250", "optimizer.learning_rate=1e-4", "privacy.epsilon=20")
     wait_for("round 1", lambda: made.rounds(run) >= 1, 240)
     wait_for("round 2 at the far site", lambda: made.booked(FAR) >= 2, 120)
-    cut(line)
+    cut(line, made.port)
     assert made.ended(run, 400) == "finished:completed"
     folder = made.run_folder(run)
     records, summary = read_rounds(folder / "rounds.jsonl"), read_summary(folder / "summary.json")
