@@ -224,6 +224,9 @@ class Federation:
     def online(self) -> list[str]:
         return [one["site"] for one in self.status()["sites"] if one["status"] == "online"]
 
+    def hand_over(self, index: int) -> None:
+        """Do what is to be done with a site's folder before its programs start: nothing here."""
+
     def start(self, name: str, unit: Path, **options: object) -> Program:
         log, around = self.folder / f"{name}.log", self.around.get(name, ())
         program = Program(unit, log, around, **options)  # type: ignore[arg-type]
@@ -281,6 +284,7 @@ def bring_up(made: Federation, clients: int, model: str) -> None:
         public = made.site(index) / "node" / "key.pub"
         name = f"site-{index}"
         fedlr("server", "register", str(made.server), str(public), "--name", name)
+        made.hand_over(index)
         made.start(f"agent-{index}", made.site(index) / "fedlr-agent.service")
         made.start(f"node-{index}", made.site(index) / "fedlr-supernode.service")
     for index in range(clients):
