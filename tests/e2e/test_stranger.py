@@ -32,7 +32,7 @@ pytestmark = [
 ROUNDS = 2
 WORDS = [
     *("federation.clients=1", "federation.clients_per_round=1", f"federation.rounds={ROUNDS}"),
-    "optimizer.expected_batch=4",
+    *("federation.min_clients=1", "optimizer.expected_batch=4"),
 ]
 DENIED = {"EACCES", "EPERM", "ENOENT"}
 
