@@ -29,7 +29,7 @@ from client.hold import held
 from client.orderbook import OrderBook, orders_folder
 from client.resident import Resident
 from fedlr.config import from_json
-from fedlr.errors import BadUpdate, FedlrError, OrderRefused, RunError
+from fedlr.errors import BadUpdate, FedlrError, LedgerError, OrderRefused, RunError
 from fedlr.methods.method import ClientUpdate
 from fedlr.report.units import printable
 from fedlr.signing import RunOrder, verify
@@ -42,8 +42,15 @@ WORKERS = 8
 PLACES = 2
 """Jobs that are held: one in training, one that waits for its turn."""
 
-ARRIVAL_S = 120.0
-"""Seconds that a job may take to arrive, header and arrays each: whoever stalls, stalls alone."""
+OPENING_S, ARRIVAL_S = 20.0, 120.0
+"""Seconds that a job's header and its arrays may take to arrive: whoever stalls holds a thread."""
+
+MOST_CONNECTIONS = 64
+"""Open connections, above which a new one is closed at once. Each is a file handle: without a
+bound, whoever may connect takes the handles that ledger and rows need."""
+
+GREETING_S, IDLE_S = 10.0, 30.0
+"""Seconds after which a connection is closed that has not said what it is, or that asks nothing."""
 
 POLL_S = 0.1
 """Seconds between two looks at whether who asked still waits."""
@@ -56,7 +63,13 @@ FOLDER_MODE, SOCKET_UMASK = 0o750, 0o117
 
 _LONGEST_WORD = 500
 _MOST_KNOWN = 64
-_OPTIONS = (*wire.CHANNEL_OPTIONS, ("grpc.so_reuseport", 0))
+_OPTIONS = (
+    *wire.CHANNEL_OPTIONS,
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_allowed_incoming_connections", MOST_CONNECTIONS),
+    ("grpc.server_handshake_timeout_ms", int(1_000 * GREETING_S)),
+    ("grpc.max_connection_idle_ms", int(1_000 * IDLE_S)),
+)
 _MOST_CALLS = 4 * WORKERS
 
 _log = logging.getLogger("fedlr.agent")
@@ -132,13 +145,13 @@ class Agent(AgentServicer):
         return found
 
     def _train(self, stream: Iterator[Piece], context: grpc.ServicerContext) -> Answer:
-        with _arriving(context):
+        with _arriving(context, OPENING_S):
             announced = wire.opening(stream, self._declaration.agent.job_bytes)
         order = self._admitted(announced.order)
         if not self._places.acquire(blocking=False):
             return self._abstain("busy")
         try:
-            with _arriving(context):
+            with _arriving(context, ARRIVAL_S):
                 arrays = wire.arrays_of(announced, stream)
             job = jobs.decode_job(arrays, announced.fields)
             if job.run != order.run:
@@ -181,10 +194,13 @@ class Agent(AgentServicer):
         if isinstance(error, wire.WireError | BadUpdate):
             _log.error("refused, bad_job: %s", told)
             return "bad_job"
+        if isinstance(error, LedgerError):
+            _log.error("the ledger refuses: %s", told)
+            return "ledger"
         if isinstance(error, _Gone):
             _log.warning("a job was not begun: who asked has gone, or the agent stops")
         elif isinstance(error, FedlrError | grpc.RpcError):
-            _log.error("failed: %s", told)
+            _log.error("failed: %s", told or "the call ended before its message was whole")
         else:
             _log.exception("failed")
         return "failed"
@@ -218,9 +234,9 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 
 
 @contextmanager
-def _arriving(context: grpc.ServicerContext) -> Iterator[None]:
-    """End a call whose pieces do not come within `ARRIVAL_S`."""
-    timer = threading.Timer(ARRIVAL_S, context.cancel)
+def _arriving(context: grpc.ServicerContext, seconds: float) -> Iterator[None]:
+    """End a call whose pieces do not come in time."""
+    timer = threading.Timer(seconds, context.cancel)
     timer.daemon = True
     timer.start()
     try:

@@ -18,6 +18,7 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedlr.adapters import npy
 from fedlr.adapters.codec import ARRAYS_RECORD, HEADER_RECORD
 from fedlr.errors import FedlrError
 from fedlr.methods.method import ClientUpdate
@@ -149,7 +150,7 @@ def _job(message: Message) -> Job:
     """Return the job in a message; BadUpdate or another exception where it is malformed."""
     arrays = cast("Mapping[str, Array]", message.content[ARRAYS_RECORD])
     header = cast("Mapping[str, Any]", message.content[HEADER_RECORD])
-    return jobs.decode_job({name: array.numpy() for name, array in arrays.items()}, header)
+    return jobs.decode_job({name: npy.read(array.data) for name, array in arrays.items()}, header)
 
 
 def _reply(message: Message, outcome: ClientUpdate | Abstention) -> Message:

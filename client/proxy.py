@@ -19,6 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from client import wire
 from client.agent_pb2 import StatusRequest
 from client.agent_pb2_grpc import AgentStub
+from fedlr.adapters import npy
 
 AGENT, ORDER = "agent", "order"
 """Key of the node config that names the agent's socket; key of the run config with the order."""
@@ -93,7 +94,7 @@ def _fields(message: Message) -> wire.Fields:
 
 def _arrays(message: Message) -> wire.Arrays:
     held = cast("Mapping[str, Array]", message.content[ARRAYS_RECORD])
-    return {name: array.numpy() for name, array in held.items()}
+    return {name: npy.read(array.data) for name, array in held.items()}
 
 
 def _message(asked: Message, answer: wire.Record) -> Message:

@@ -133,12 +133,15 @@ class Resident:
         Raises:
             OrderRefused: ``policy``: the operator does not allow such a run, or this site
                 cannot carry it out. The message is for the operator.
+            LedgerError: The ledger cannot be used now.
         """
         if self._site is None or self._site[0] != order.digest:
             try:
                 config = self._allowed(order)  # before the running one is let go
                 self._site = None
                 self._site = (order.digest, self._built(config))
+            except LedgerError:
+                raise
             except FedlrError as error:
                 raise _refusal(order, error) from error
         return self._site[1]

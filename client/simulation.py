@@ -128,6 +128,10 @@ class UnreachableLedger:
         """Raise LedgerError."""
         self._refuse()
 
+    def check_room(self, size: int) -> None:
+        """Raise LedgerError."""
+        self._refuse()
+
     def recall(self, key: JobKey) -> Booking | None:
         """Raise LedgerError."""
         self._refuse()

@@ -197,6 +197,7 @@ class Site:
             return self._repeat(job, digest, booking)
         mechanism = self._mechanism(job)
         if booking is None:
+            self._ledger.check_room(codec.size_in_bytes(_trained(job)))
             spent = self._book(job.run, key, self._release(), digest)
             if isinstance(spent, str):
                 return self._abstain(spent)
@@ -278,7 +279,7 @@ class Site:
         policy = self.policy
         return Mechanism(
             clip_norm=policy.clip_norm,
-            groups=clip_groups(self._trained_keys(job), policy.clip_norm, policy.head_share),
+            groups=clip_groups(list(_trained(job)), policy.clip_norm, policy.head_share),
             noise_multiplier=policy.noise_multiplier,
             expected_batch=policy.expected_batch,
         )
@@ -340,9 +341,6 @@ class Site:
     def _key(self, job: Job) -> JobKey:
         return JobKey(job.run, job.round, self.policy.client, job.nonce)
 
-    def _trained_keys(self, job: Job) -> list[PartKey]:
-        return [key for key in job.parts if key.role in job.train]
-
     def _abstain(self, code: str) -> Abstention:
         """Answer with a code and the ε spent, which a round that was cut short has raised."""
         spent = None
@@ -354,6 +352,10 @@ class Site:
             except Exception:
                 _log.exception("%s: ε cannot be computed", self.policy.client)
         return Abstention(self.policy.client, code, spent)
+
+
+def _trained(job: Job) -> Parts:
+    return {key: value for key, value in job.parts.items() if key.role in job.train}
 
 
 def _decoded(update: bytes) -> Parts:

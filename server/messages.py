@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedlr.adapters import npy
 from fedlr.adapters.codec import ARRAYS_RECORD, HEADER_RECORD
 from fedlr.errors import BadUpdate
 from fedlr.methods.method import ClientUpdate
@@ -85,7 +86,7 @@ def _read(message: Message, decode: Callable[[Arrays, Mapping[str, Any]], T]) ->
             cast("Mapping[str, Array]", content[ARRAYS_RECORD]) if ARRAYS_RECORD in content else {}
         )
         header = cast("Mapping[str, Any]", content[HEADER_RECORD])
-        return decode({name: array.numpy() for name, array in held.items()}, header)
+        return decode({name: npy.read(array.data) for name, array in held.items()}, header)
     except BadUpdate:
         raise
     except Exception as error:

@@ -190,6 +190,14 @@ class Ledger(Protocol):
         """
         ...
 
+    def check_room(self, size: int) -> None:
+        """Raise LedgerError where a `commit` of ``size`` bytes would not find room now.
+
+        To be asked before `reserve`: a round that is booked, trained and then cannot be
+        committed is spent for nothing. Others may take the room meanwhile.
+        """
+        ...
+
     def recall(self, key: JobKey) -> Booking | None:
         """Return what is booked under ``key``; None where nothing is."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import sqlite3
 import threading
 import time
@@ -65,6 +66,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 KEPT_OPEN = 200
 """Ledgers of one process that keep their connection (three file handles); the others
 open one for each call, which takes about forty milliseconds more a round."""
+
+SPARE_BYTES = 262_144
+"""Room that a commit needs beside its update: pages of both tables, their logs, a witness."""
 
 _BUSY_SECONDS = 30.0
 # Primary SQLite result codes that mean a broken or foreign file; the others
@@ -135,6 +139,21 @@ class Database:
                 # Each time: another process may have upgraded the file meanwhile.
                 _migrate(connection)
                 yield connection
+
+    def check_room(self, size: int) -> None:
+        """Raise LedgerError unless ``size`` bytes and what is written beside them have room.
+
+        They are counted twice: once in the log, once where SQLite moves them from there.
+        """
+        if self._in_memory:
+            return
+        with _translated(self.path):
+            free = shutil.disk_usage(self.path.parent).free
+        if free < (needed := 2 * size + SPARE_BYTES):
+            raise LedgerError(
+                f"the disk under ledger {self.path} has {free} bytes left, a round needs {needed}; "
+                "nothing was booked, make room"
+            )
 
     def synchronous(self) -> int:
         """Return what a commit waits for, asked of the connection in use.

@@ -141,6 +141,10 @@ class SqliteLedger:
             now = _seen(connection)
         self._write(now)
 
+    def check_room(self, size: int) -> None:
+        """See `Ledger.check_room`."""
+        self._database.check_room(size)
+
     def recall(self, key: JobKey) -> Booking | None:
         """See `Ledger.recall`."""
         with self._checked() as connection:

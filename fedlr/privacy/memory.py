@@ -71,6 +71,9 @@ class MemoryLedger:
             self._updates[key.run, key.client] = (key, update)
             self._head += 1
 
+    def check_room(self, size: int) -> None:
+        """See `Ledger.check_room`; there is as much as there is memory."""
+
     def recall(self, key: JobKey) -> Booking | None:
         """See `Ledger.recall`."""
         with self._open():

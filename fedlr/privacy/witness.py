@@ -89,6 +89,7 @@ def write(path: Path, source_id: str, now: Seen) -> None:
         if seen is None:
             synchronise(path.parent)  # a ledger that has released something needs one
     except OSError as error:
+        draft.unlink(missing_ok=True)  # or every try on a full disk would leave one more
         raise LedgerError(
             f"{path} cannot be written ({error.strerror or error}); make the ledger's folder "
             "writable, nothing leaves without it"

@@ -62,7 +62,7 @@ class Place:
 
     @property
     def ledger(self) -> Path:
-        return self.folder / "ward.sqlite"
+        return self.declaration.ledger
 
     def config(self, *words: str) -> RunConfig:
         return compose([*self.words, *words])
@@ -76,7 +76,7 @@ class Place:
         return sign(self.order(config, **changes), self.key)
 
     def rounds_booked(self) -> int:
-        with closing(SqliteLedger(self.ledger, "ward-7")) as ledger:
+        with closing(SqliteLedger(self.ledger)) as ledger:
             return ledger.joins()
 
 

@@ -27,7 +27,7 @@ from client.site import Site
 from fedlr.errors import LedgerError, RunError
 from fedlr.methods.combiners import COMBINERS
 from fedlr.methods.method import ClientUpdate
-from fedlr.signing import sign
+from fedlr.signing import CLOCKS_APART_S, sign
 from fedlr.training.jobs import Abstention, Job, SiteStatus, encode_job
 from fedlr.training.local import LocalTrainer
 from tests.client.real_site import (
@@ -110,6 +110,21 @@ def test_nobody_else_can_ask(site: Place, served: Declaration, job: Job) -> None
         assert status(served, text) == "unsigned"
     late = site.signed(issued=1_000, expires=2_000)
     assert code(ask(served, late, replace(job, nonce="x"))) == "expired"
+    assert site.rounds_booked() == before
+
+
+@pytest.mark.parametrize("ahead", [600, -600])
+def test_a_clock_may_be_ten_minutes_off(site: Place, served: Declaration, ahead: int) -> None:
+    now = int(time.time())
+    order = site.signed(run=f"ahead{ahead}", issued=now + ahead, expires=now + 3_600)
+    assert isinstance(status(served, order), SiteStatus)
+
+
+def test_an_order_that_is_to_come_is_refused(site: Place, served: Declaration, job: Job) -> None:
+    before, later = site.rounds_booked(), int(time.time()) + CLOCKS_APART_S + 60
+    order = site.signed(run="to-come", issued=later, expires=later + 3_600)
+    assert status(served, order) == "expired"
+    assert code(ask(served, order, replace(job, run="to-come"))) == "expired"
     assert site.rounds_booked() == before
 
 

@@ -160,10 +160,16 @@ class Federation:
     Attributes:
         folder: Holds everything.
         words: Overrides of every run.
+        port: Of the SuperLink.
+        reached: Addresses of the server, by site that reaches it under another than 127.0.0.1.
+        around: Words before commands, by program.
     """
 
     folder: Path
     words: list[str]
+    port: int = field(default_factory=free_port)
+    reached: Mapping[int, str] = field(default_factory=dict)
+    around: Mapping[str, Sequence[str]] = field(default_factory=dict)
     programs: dict[str, Program] = field(default_factory=dict)
 
     @property
@@ -235,8 +241,12 @@ class Federation:
     def online(self) -> list[str]:
         return [one["site"] for one in self.status()["sites"] if one["status"] == "online"]
 
+    def hand_over(self, index: int) -> None:
+        """Do what is to be done with a site's folder before its programs start: nothing here."""
+
     def start(self, name: str, unit: Path, **options: object) -> Program:
-        program = Program(unit, self.folder / f"{name}.log", **options)  # type: ignore[arg-type]
+        log, around = self.folder / f"{name}.log", self.around.get(name, ())
+        program = Program(unit, log, around, **options)  # type: ignore[arg-type]
         program.start()
         self.programs[name] = program
         return program
@@ -269,8 +279,9 @@ def bring_up(made: Federation, clients: int, model: str) -> None:
     folder, words = made.folder, made.words
     checked = [word for word in words if word.startswith(("model", "adapter"))]
     labels = write_rows(folder, words, clients)
-    port = free_port()
-    fedlr("server", "init", str(made.server), "--host", "127.0.0.1", "--port", str(port))
+    port, hosts = str(made.port), {"127.0.0.1", *made.reached.values()}
+    named = [word for host in hosts for word in ("--host", host)]
+    fedlr("server", "init", str(made.server), *named, "--port", port)
     told = fedlr("server", "show", str(made.server), "--json")
     key = json.loads(told)["coordinator"]
     made.start("superlink", made.server / "fedlr-superlink.service")
@@ -282,7 +293,8 @@ def bring_up(made: Federation, clients: int, model: str) -> None:
         fedlr(
             *("site", "init", str(made.site(index)), *checked, "--client", f"client-{index:03d}"),
             *("--data", str(folder / f"rows-{index}.jsonl"), *named, "--public"),
-            *("--server", f"127.0.0.1:{port}", "--authority", str(made.server / "ca.crt")),
+            *("--server", f"{made.reached.get(index, '127.0.0.1')}:{port}"),
+            *("--authority", str(made.server / "ca.crt")),
             *("--coordinator", key, "--epsilon-total", "100", "--disjoint", "made for a test"),
             *("--model", model, "--device", "cpu", "--group", "", "--delta", str(DELTA)),
             *("--node-port", str(free_port()), "--declared-size", str(size)),
@@ -296,6 +308,7 @@ def bring_up(made: Federation, clients: int, model: str) -> None:
         public = made.site(index) / "node" / "key.pub"
         name = f"site-{index}"
         fedlr("server", "register", str(made.server), str(public), "--name", name)
+        made.hand_over(index)
         made.start(f"agent-{index}", made.site(index) / "fedlr-agent.service")
         made.start(f"node-{index}", made.site(index) / "fedlr-supernode.service")
     for index in range(clients):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import sqlite3
 import stat
@@ -276,6 +277,19 @@ class TestSqliteOnDisk(LedgerContract):
 def test_a_key_is_complete(parts: tuple[str, int, str, str]) -> None:
     with pytest.raises(ValueError, match="must be"):
         JobKey(*parts)
+
+
+def test_room_is_asked_of_the_disk_that_the_ledger_is_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = SqliteLedger(tmp_path / "ledger.sqlite")
+    free = shutil.disk_usage(tmp_path)._replace(free=2_000_000 + database.SPARE_BYTES)
+    monkeypatch.setattr(shutil, "disk_usage", {tmp_path.resolve(): free}.__getitem__)
+    ledger.check_room(1_000_000)
+    with pytest.raises(LedgerError, match=r"a round needs .*; nothing was booked, make room"):
+        ledger.check_room(1_000_001)
+    assert ledger.joins() == 0
+    ledger.close()
 
 
 def test_a_reopened_ledger_remembers_and_is_private(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -372,6 +373,21 @@ def test_a_paid_update_does_not_leave_again_without_its_witness(tmp_path: Path) 
     seen = witness.read(beside(path), "s")
     assert seen is not None
     assert seen.point.head == 4
+
+
+def test_a_witness_that_cannot_be_written_leaves_no_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.sqlite"
+    join(path, 0)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("fedlr.privacy.witness.os.fsync", full)
+    with pytest.raises(LedgerError, match="No space left on device"):
+        join(path, 1)
+    assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".")] == []
 
 
 def first_commit(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, Message, RecordDict
+from numpy.lib.format import write_array_header_1_0
 
 from client.app import SiteLike
 from fedlr.errors import RunError
@@ -121,6 +123,17 @@ def garbled(replies: list[Message]) -> list[Message]:
     return replies
 
 
+def announcing(replies: list[Message]) -> list[Message]:
+    """Announce arrays that no memory holds, and send nothing of them."""
+    file = io.BytesIO()
+    header = {"shape": (1 << 40, 1 << 20), "fortran_order": False, "descr": "<f4"}
+    write_array_header_1_0(file, header)  # type: ignore[arg-type]
+    arrays = replies[1].content.array_records["arrays"]
+    for name in list(arrays):
+        arrays[name] = Array("float32", (6, 3), "numpy.ndarray", file.getvalue())
+    return replies
+
+
 def doubled(replies: list[Message]) -> list[Message]:
     arrays = replies[1].content.array_records["arrays"]
     for name in list(arrays):
@@ -136,6 +149,7 @@ TAMPERED: list[tuple[str, Callable[[list[Message]], list[Message]]]] = [
     ("names", edited(client="client-00")),
     ("names", emptied),
     ("names", garbled),
+    ("names", announcing),
     ("dtype", doubled),
     ("no_answer", lambda replies: [replies[0], *replies[2:]]),
     ("no_answer", lambda replies: [*replies[2:], replies[0]]),
