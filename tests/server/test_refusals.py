@@ -198,7 +198,10 @@ def test_below_the_quorum_the_model_stays_and_nothing_counts_as_joined() -> None
     assert Refusal("client-00", "quorum") in last.refused
     assert outcome.joins["client-00"] == 1
     # Its second update was released all the same, so its ε is spent.
-    assert outcome.epsilon == last.epsilon_by_client == {"client-00": 1.0}
+    assert outcome.epsilon == {"client-00": 1.0}
+    # The others failed without telling theirs, which nobody knows then.
+    unknown = dict.fromkeys(("client-01", "client-02", "client-03"), math.inf)
+    assert last.epsilon_by_client == {"client-00": 1.0, **unknown}
 
 
 def test_updates_without_any_declared_weight_end_the_run() -> None:
