@@ -17,13 +17,13 @@ from tests.e2e.harness import Federation, federation, fedlr
 
 pytestmark = pytest.mark.e2e
 
-SITES, ROUNDS, ASKED, SPARE = 24, 50, 6, 2
+SITES, ROUNDS, ASKED, SPARE = 24, 50, 3, 1
 SEED = 20_261_201
 LONGEST_S = 3600
 SHAPE = [
     *(f"federation.clients={SITES}", f"federation.clients_per_round={ASKED}"),
     *(f"federation.spare_clients={SPARE}", f"federation.rounds={ROUNDS}"),
-    *("federation.min_clients=3", "federation.retries=20", "federation.retry_wait_s=5"),
+    *("federation.min_clients=2", "federation.retries=20", "federation.retry_wait_s=5"),
     *("federation.round_timeout_s=60", "federation.longest_pause=4"),
     *("federation.start_timeout_s=600", "federation.evaluate_every=10"),
 ]
