@@ -388,6 +388,7 @@ def spent(cell: Cell) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_only_what_is_missing_is_done(
     words: list[str], tmp_path: Path
 ) -> None:
