@@ -13,6 +13,9 @@ from packaging.version import Version
 from fedlr.doctor.finding import Result
 
 DISTRIBUTION = "fedlr"
+DISPENSABLE = {"triton": "which only kernels on a GPU need"}
+"""What fedlr computes without, and why that is no mistake; images for CPUs leave it out."""
+
 SHOWN = ("torch", "opacus", "peft", "transformers", "flwr", "hydra-core")
 
 
@@ -24,7 +27,8 @@ def known_to_work(extras: Iterable[str] = ()) -> Result:
 
     Returns:
         Failed where something is missing or older than the tested range; a warning
-        where something is newer, or the ranges are not known.
+        where something is newer, or the ranges are not known. What is missing and
+        dispensable is only mentioned.
     """
     try:
         about = metadata.metadata(DISTRIBUTION)
@@ -36,11 +40,15 @@ def known_to_work(extras: Iterable[str] = ()) -> Result:
     failed = _against("python", platform.python_version(), python)
     problems: list[str] = [failed] if failed else []
     newer: list[str] = []
+    without = ""
     for requirement in _requirements(extras):
         try:
             installed = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            problems.append(f"{requirement.name} is not installed")
+            if why := DISPENSABLE.get(requirement.name):
+                without += f"; without {requirement.name}, {why}"
+            else:
+                problems.append(f"{requirement.name} is not installed")
             continue
         sentence = _against(requirement.name, installed, requirement.specifier)
         if sentence is not None:
@@ -49,7 +57,8 @@ def known_to_work(extras: Iterable[str] = ()) -> Result:
     if problems or newer:
         return Result(not problems, "; ".join([*problems, *newer]), warning=not problems)
     shown = ", ".join(f"{name} {metadata.version(name)}" for name in SHOWN)
-    return Result(True, f"known to work together: Python {platform.python_version()}, {shown}")
+    python_now = platform.python_version()
+    return Result(True, f"known to work together: Python {python_now}, {shown}{without}")
 
 
 def _requirements(extras: Iterable[str]) -> list[Requirement]:

@@ -70,6 +70,17 @@ def test_newer_is_a_warning_and_older_a_failure(
     assert sentence in result.detail
 
 
+def test_what_only_a_gpu_needs_is_not_missed(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "requires", lambda _: [*TESTED, "triton>=3.3,<4"])
+    result = known_to_work()
+    assert (result.passed, result.warning) == (True, False)
+    assert "without triton, which only kernels on a GPU need" in result.detail
+    installed["triton"] = "3.0"
+    assert not known_to_work().passed
+
+
 def test_a_missing_package_fails_and_an_extra_counts_where_it_is_used(
     installed: dict[str, str],
 ) -> None:
