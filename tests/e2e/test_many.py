@@ -66,7 +66,7 @@ def test_twenty_four_sites_and_a_kill_in_every_round(tmp_path: Path) -> None:
     began = time.monotonic()
     with federation(tmp_path, words, SITES, str(tmp_path / "model")) as made:
         up = time.monotonic()
-        # At the default step the noise of fifty rounds on twenty rows a site outgrows what sites take.
+        # At the default step, fifty rounds of noise on twenty rows outgrow what sites accept.
         run = made.begin("privacy.epsilon=20", "optimizer.learning_rate=1e-4")
         killed = kill_as_rounds_pass(made, run)
         assert made.ended(run, 600) == "finished:completed"
