@@ -29,7 +29,7 @@ from fedlr.training.jobs import Job, SiteStatus, encode_job
 from tests.cli.small import LABELS, small
 from tests.client.intruder import CONNECTIONS, GOT
 from tests.client.processes import FEDLR, Running, running
-from tests.client.real_site import RUN, Place, ask, first_job, status
+from tests.client.real_site import RUN, SIZE, Place, ask, first_job, status
 from tests.client.users import ROOT, Users, make_users, missing
 from tests.deploy.test_certificates import write_authority
 
@@ -131,6 +131,7 @@ def hand_over(made: Machine) -> None:
         *("--server", "127.0.0.1:9", "--authority", str(authority)),
         *("--coordinator", public_key(made.key), "--disjoint", "made for a test"),
         *("--epsilon-total", "50", "--epsilon-per-run", "8.5", "--delta", "0.01"),
+        *("--declared-size", str(SIZE)),
         *("--model", str(made.folder / "model"), "--device", "cpu"),
     )
 
