@@ -155,11 +155,15 @@ class Cut(InProcessGrid):
 
 
 @pytest.mark.parametrize("words", [DRY, PUBLIC], ids=["dry", "private"])
-def test_the_same_order_goes_on_where_the_run_stood(tmp_path: Path, words: tuple[str, ...]) -> None:
-    with federation(tmp_path / "whole", *words) as made:
+def test_the_same_order_goes_on_where_the_run_stood(
+    tmp_path_factory: pytest.TempPathFactory, words: tuple[str, ...]
+) -> None:
+    # A short name: what a Unix socket may be called is bounded.
+    place = tmp_path_factory.mktemp("on")
+    with federation(place / "whole", *words) as made:
         whole = made.run()
         layout = build(made.home.config(), own=server_rows(made.config)).layout
-    with federation(tmp_path / "cut", *words) as made:
+    with federation(place / "cut", *words) as made:
         order = made.order()
         with pytest.raises(KeyboardInterrupt):
             run_deployed(made.grid(order, Cut), order)
