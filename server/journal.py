@@ -232,13 +232,16 @@ def _encode(checkpoint: Checkpoint) -> bytes:
 
 
 def _migrated(text: str) -> str:
-    """Return a header as it is written today: what an earlier one lacks, its run did not have."""
+    """Return a header as it is written today.
+
+    An earlier one does not tell who was not heard: all are unheard until they report again.
+    """
     found = json.loads(text)
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema == _WITHOUT_RANKS:
         found |= {"ranks": [{}] * len(found.get("rounds", ())), "holders": {}}
     if schema in (_WITHOUT_RANKS, _WITHOUT_UNHEARD):
-        return json.dumps({**found, "schema": _SCHEMA, "unheard": []})
+        return json.dumps({**found, "schema": _SCHEMA, "unheard": sorted(found["epsilon"])})
     return text
 
 

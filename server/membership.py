@@ -127,7 +127,8 @@ def _ask(
         left = deadline - time.monotonic()
         undecided = waiting.keys() - statuses.keys() - broken
         answered = _counted(statuses, known)
-        settled = answered + len(broken) >= wanted and not undecided
+        # A run that goes on does without a site for good: whose refusal it is, is not known.
+        settled = known is None and answered + len(broken) >= wanted and not undecided
         if answered >= wanted or settled or left <= 0:
             return statuses
         time.sleep(min(POLL_S, left))

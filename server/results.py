@@ -90,7 +90,8 @@ def settle(config: RunConfig, facts: RunFacts, order: SiteOrder, outcome: Outcom
             "larger ε is shown.",
         )
     larger = {c: max(found[c], outcome.epsilon.get(c, 0.0)) for c in found}
-    return replace(outcome, epsilon={**outcome.epsilon, **larger}, notices=notices)
+    unknown = {c: math.inf for c in silent if c in outcome.epsilon and c in outcome.unheard}
+    return replace(outcome, epsilon={**outcome.epsilon, **larger, **unknown}, notices=notices)
 
 
 def reported(config: RunConfig, facts: RunFacts, outcome: Outcome) -> Outcome:

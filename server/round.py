@@ -122,7 +122,8 @@ class OpenRound:
         unanswered = [*open_orders.values(), *(self.lacking if self._enough else ())]
         self.lacking = [] if self._enough else self.lacking
         self._codes |= {order.member: silent for order in unanswered}
-        self.unheard |= {order.member.client for order in open_orders.values()}
+        training = (order for order in open_orders.values() if order.phase.train)
+        self.unheard |= {order.member.client for order in training}
 
     @property
     def _enough(self) -> bool:
@@ -143,7 +144,7 @@ class OpenRound:
     @property
     def doubtful(self) -> set[str]:
         """Clients that may have paid under their nonce, and whose answer never came."""
-        return self._refused_with(NO_ANSWER, LATE, FAILED)
+        return self._refused_with(NO_ANSWER, LATE, *_MAY_HAVE_PAID)
 
     def _refused_with(self, *codes: str) -> set[str]:
         return {refusal.client for refusal in self.refused if refusal.code in codes}
@@ -183,7 +184,8 @@ class OpenRound:
         """Return the update if it is acceptable, otherwise the code of its refusal."""
         client = order.member.client
         unheard = client in self.unheard
-        self.unheard.add(client)
+        if order.phase.train:  # what projects a release costs nothing, and tells no ε
+            self.unheard.add(client)
         if reply.has_error():
             return FAILED
         try:

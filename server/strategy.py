@@ -301,8 +301,9 @@ class FederatedStrategy(Strategy):
             holders={**self._at.holders, **opened.holders},
         )
         self._record(opened, number, 0, (None, None))
-        self._hooks.journal.abandoned(refused)
+        # First what they spent: a nonce that is kept for too long costs nothing.
         self._hooks.journal.finished(self._at)
+        self._hooks.journal.abandoned(refused)
         if again:
             _log.warning("%s; it is tried again in %g s", reason, patience.retry_wait_s)
             self._hooks.wait(patience.retry_wait_s)

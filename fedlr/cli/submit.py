@@ -208,8 +208,7 @@ def _check(config: RunConfig) -> None:
 
 
 def _again(coordinator: Coordinator, run: str, days: float) -> _Asked:
-    from fedlr.report.facts import FACTS_FILE, read_facts
-    from server.session import read_config
+    from fedlr.report.facts import FACTS_FILE
 
     known = [one for one in all_submitted(coordinator) if one.run == run]
     if not known:
@@ -218,15 +217,15 @@ def _again(coordinator: Coordinator, run: str, days: float) -> _Asked:
     status, _ = run_status(coordinator, known[-1].flower_run)
     if not status.startswith("finished"):
         raise RunError(f"the run {run} is {status}; {_hint('stop', coordinator, run)} ends it")
-    folder = Path(known[-1].folder)
-    if (folder / FACTS_FILE).exists():
-        return _Asked(run, read_config(folder, read_facts(folder)), days)
+    # Not from the run's folder: a ServerApp writes there, and could have it signed.
     config = kept(coordinator.configs, run)
     if config is None:
         raise RunError(
-            f"the run {run} never began, and {coordinator.configs} does not tell what it was to "
-            "be; start a new one"
+            f"{coordinator.configs} does not tell what the run {run} is to be; bring it back from "
+            "a copy, or start a new run"
         )
+    if (Path(known[-1].folder) / FACTS_FILE).exists():
+        return _Asked(run, config, days)
     say(f"the run {run} has not begun yet; its sites are asked again for the same")
     _check(config)
     return _Asked(run, config, days)

@@ -298,7 +298,9 @@ def _texts(made: Coordinator, settings: ServerSettings) -> dict[str, str]:
             user=settings.user,
             paths={
                 "ReadWritePaths": (made.folder,),
-                # A ServerApp that a stranger submitted must not sign orders.
+                # A ServerApp that a stranger submitted must not sign orders, nor change what the
+                # coordinator signs when a run is resumed.
+                "ReadOnlyPaths": (made.submitted,),
                 "InaccessiblePaths": (
                     made.key,
                     *([] if settings.authority else [made.authority_key]),

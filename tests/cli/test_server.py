@@ -7,7 +7,7 @@ import stat
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,58 +22,11 @@ from fedlr.errors import EndedEarly
 from fedlr.report.records import write_summary
 from fedlr.signing import public_key, read_key, verify
 from fedlr.told import for_sites, kept
+from tests.cli.playing_flower import FLWR, Flower
 from tests.cli.small import small
 from tests.report.samples import SUMMARY
 
-FLWR = """\
-#!{python}
-import json, os, pathlib, shutil, sys, time
-here = pathlib.Path({folder!r})
-words = sys.argv[1:]
-with (here / "calls").open("a") as file:
-    told = {{"words": words, "home": os.environ.get("FLWR_HOME"), "telemetry": os.environ.get(
-        "FLWR_TELEMETRY_ENABLED")}}
-    if words[0] == "run":
-        told["run_config"] = pathlib.Path(words[words.index("--run-config") + 1]).read_text()
-        told["files"] = sorted(p.name for p in pathlib.Path(words[1]).rglob("*") if p.is_file())
-    file.write(json.dumps(told) + chr(10))
-if words[0] == "log":
-    print("round 1/3", flush=True)
-    time.sleep(60)
-answers = json.loads((here / "answers").read_text())
-found = answers[words[0] if words[0] != "supernode" else f"supernode {{words[1]}}"]
-if isinstance(found, list):
-    left = found[1:] or found
-    answers[words[0]] = left
-    (here / "answers").write_text(json.dumps(answers))
-    found = found[0]
-if isinstance(found, str):
-    print(found, file=sys.stderr)
-    sys.exit(1)
-print("a line of Flower's own")
-print(json.dumps(found))
-"""
-
-
-@dataclass
-class Flower:
-    """The script, what it answers, and what it was called with."""
-
-    folder: Path
-
-    def answers(self, **given: Any) -> None:
-        named = {name.replace("_", " "): answer for name, answer in given.items()}
-        path = self.folder / "answers"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(known | named))
-
-    @property
-    def calls(self) -> list[dict[str, Any]]:
-        path = self.folder / "calls"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def words(self) -> list[list[str]]:
-        return [call["words"] for call in self.calls]
+UNIT = "fedlr-superexec.service"
 
 
 def runs(status: str, details: str = "") -> dict[str, Any]:
@@ -405,4 +358,21 @@ def test_a_run_that_never_began_is_asked_for_again(
     assert json.loads(second.config)["optimizer"]["steps"] == 2
     (server.configs / f"{one.run}.json").unlink()
     assert main(again) == 7
-    assert "never began" in capsys.readouterr().err
+    assert "does not tell what the run" in capsys.readouterr().err
+
+
+def test_what_a_server_app_wrote_into_the_run_is_not_signed(
+    server: Coordinator, flwr: Flower, words: list[str]
+) -> None:
+    flwr.answers(list=runs("finished:failed", "0 of 2 clients answered"))
+    assert main(["submit", str(server.folder), *words, "optimizer.steps=2"]) == 7
+    (one,) = flower.all_submitted(server)
+    folder = server.runs / one.run
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    (folder / "config.json").write_text('{"config": {"optimizer": {"steps": 99}}}')
+    assert main(["submit", str(server.folder), "--resume", one.run, "--detach"]) == 0
+    asked = tomllib.loads(flwr.calls[-1 - (flwr.calls[-1]["words"][0] != "run")]["run_config"])
+    order = verify(asked["order"], [public_key(read_key(server.key))])
+    assert json.loads(order.config)["optimizer"]["steps"] == 2
+    assert f"ReadOnlyPaths={server.submitted}" in (server.folder / UNIT).read_text()

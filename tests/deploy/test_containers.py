@@ -192,7 +192,8 @@ def test_every_image_is_named_by_its_version() -> None:
 
 
 def test_the_cuda_file_changes_the_agents_alone() -> None:
-    assert set(CUDA["services"]) == {f"agent-{site}" for site in SITES}
+    expected = {f"{kind}-{site}" for kind in ("agent", "site-init") for site in SITES}
+    assert set(CUDA["services"]) == expected
     for service in CUDA["services"].values():
         assert set(service) <= {"image", "build", "environment", "tmpfs", "deploy"}
 

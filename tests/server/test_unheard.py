@@ -78,6 +78,12 @@ def test_the_result_of_real_sites_says_so(lost: int) -> None:
     assert any(notice in line for line in told.notices) is bool(lost)
 
 
+def test_a_phase_that_trains_nothing_leaves_no_one_unheard() -> None:
+    outcome = strategy(ALL, "two_phase").run(grid_of(toy_sites(epsilon=1.0)))
+    assert [record.epsilon_max for record in outcome.records] == [1.0, 2.0, 3.0]
+    assert outcome.unheard == frozenset()
+
+
 def test_without_privacy_nothing_is_unknown() -> None:
     outcome = strategy(ALL).run(grid_of(toy_sites(), tamper=losing(2)))
     assert [record.epsilon_max for record in outcome.records] == [None] * 3

@@ -194,17 +194,17 @@ def legend_below(figure: Figure, axes: Axes) -> None:
 def _epsilon_series(files: RunFiles) -> dict[str, Series]:
     """Return ε by client after every closed round; 0 before its first release.
 
-    A round after which it was unknown has no point.
+    A round after which it was unknown has no point; a client whose ε is unknown has no line.
     """
     names = sorted({client for record in files.records for client in record.epsilon_by_client})
     found: dict[str, Series] = {}
     for client in names:
-        line = [(0, 0.0)]
+        line, spent = [(0, 0.0)], 0.0
         for record in files.records:
-            spent = record.epsilon_by_client.get(client, line[-1][1])
+            spent = record.epsilon_by_client.get(client, spent)
             if math.isfinite(spent):
                 line.append((record.round, spent))
-        if len(line) > 1:
+        if math.isfinite(spent):
             found[client] = tuple(line)
     return found
 
