@@ -27,7 +27,8 @@ def for_sites(config: RunConfig) -> RunConfig:
 
     Without ``output``, ``data.cache`` and ``tracking``, which get their defaults; in the place
     of ``data.path`` and ``subspace.public`` (a file or folder) stands that they are the
-    server's; of a base model in a folder only the folder's own name. Nothing that a site takes
+    server's; of a base model or data set in a folder (a path from ``/``, ``.`` or ``~``) only the
+    folder's own name. Nothing that a site takes
     from a run's configuration (`client.resident.local_config`) is touched.
 
     Guarantees:
@@ -38,8 +39,9 @@ def for_sites(config: RunConfig) -> RunConfig:
         data = replace(data, path=ROWS)
     if subspace.public not in (None, "stdlib"):
         subspace = replace(subspace, public=TEXT)
-    if Path(model.name).is_absolute():
-        model = replace(model, name=Path(model.name).name)
+    if data.name is not None:
+        data = replace(data, name=_without_place(data.name))
+    model = replace(model, name=_without_place(model.name))
     return replace(
         config,
         output=RunConfig.output,
@@ -48,6 +50,11 @@ def for_sites(config: RunConfig) -> RunConfig:
         model=model,
         tracking=TrackingConfig(),
     )
+
+
+def _without_place(name: str) -> str:
+    """Return a hub's name as it is, and of a folder's path its last part."""
+    return Path(name).name or "folder" if name.startswith(("/", ".", "~")) else name
 
 
 def keep(folder: Path, run: str, config: RunConfig) -> None:

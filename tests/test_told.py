@@ -29,6 +29,10 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "text of the library": {"subspace": {"kind": "activations", "public": "stdlib"}},
     "hub": {"data": {"kind": "hub", "name": "org/set"}, "model": {"name": "org/model"}},
+    "hub in a folder": {
+        "data": {"kind": "hub", "name": f"{SECRET}/set"},
+        "model": {"name": f"../..{SECRET}/models/minilm"},
+    },
     "tracked": {"tracking": {"kind": "mlflow", "uri": f"https://coordinator{SECRET}"}},
 }
 
