@@ -51,4 +51,5 @@ def _give_to_owner(lock: Path, ledger: Path) -> None:
     """Let the ledger's owner lock it the next time, where root does it now."""
     if os.geteuid() == 0 and ledger.exists():
         owner = ledger.stat()
-        os.chown(lock, owner.st_uid, owner.st_gid)
+        # The folder is the owner's, who must not be given what a link of theirs names.
+        os.chown(lock, owner.st_uid, owner.st_gid, follow_symlinks=False)

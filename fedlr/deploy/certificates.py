@@ -217,7 +217,7 @@ def replace_kept(contents: Mapping[Path, tuple[bytes, int]]) -> None:
             old = path.stat() if path.exists() else None
             write_new(drafts[path], content, 0o600)
             if old is not None:
-                os.chown(drafts[path], old.st_uid, old.st_gid)
+                os.chown(drafts[path], old.st_uid, old.st_gid, follow_symlinks=False)
             drafts[path].chmod(mode if old is None else old.st_mode & 0o777)
         for path, draft in drafts.items():
             draft.replace(path)
