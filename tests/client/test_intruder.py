@@ -33,7 +33,10 @@ from tests.client.real_site import RUN, SIZE, Place, ask, first_job, status
 from tests.client.users import ROOT, Users, make_users, missing
 from tests.deploy.test_certificates import write_authority
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "all is here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()), reason=missing() or "all is here"),
+]
 
 DENIED = {"EACCES", "EPERM", "ENOENT"}
 """No way in, not allowed, or not to be seen."""

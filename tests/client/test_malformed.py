@@ -28,6 +28,8 @@ from tests.client import malformed
 from tests.client.processes import Running, running
 from tests.client.real_site import Place, ask, first_job, place, status
 
+pytestmark = pytest.mark.slow
+
 SEED = int(os.environ.get("FEDLR_FUZZ_SEED", "20"))
 """Another seed gives other messages; it is shown where a test fails."""
 
