@@ -28,8 +28,8 @@ def for_sites(config: RunConfig) -> RunConfig:
     Without ``output``, ``data.cache`` and ``tracking``, which get their defaults; in the place
     of ``data.path`` and ``subspace.public`` (a file or folder) stands that they are the
     server's; of a base model or data set in a folder (a path from ``/``, ``.`` or ``~``) only the
-    folder's own name. Nothing that a site takes
-    from a run's configuration (`client.resident.local_config`) is touched.
+    folder's own name. Nothing that a site takes from a run's configuration
+    (`client.resident.local_config`) is touched.
 
     Guarantees:
         Told again it is the same: ``for_sites(for_sites(config)) == for_sites(config)``.

@@ -318,11 +318,8 @@ def bring_up(made: Federation, clients: int, model: str) -> None:
 
 
 @contextmanager
-def federation(
-    folder: Path, words: list[str], clients: int = 3, model: str = "embedded"
-) -> Iterator[Federation]:
+def brought_up(made: Federation, clients: int, model: str) -> Iterator[Federation]:
     """`bring_up`, and an end in any case; what the programs said is shown where a test fails."""
-    made = Federation(folder, words)
     try:
         bring_up(made, clients, model)
         yield made
@@ -331,3 +328,12 @@ def federation(
         raise
     finally:
         made.stop()
+
+
+@contextmanager
+def federation(
+    folder: Path, words: list[str], clients: int = 3, model: str = "embedded"
+) -> Iterator[Federation]:
+    """A federation in ``folder``, `brought_up`."""
+    with brought_up(Federation(folder, words), clients, model) as made:
+        yield made

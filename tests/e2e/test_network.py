@@ -15,7 +15,7 @@ import pytest
 
 from fedlr.report.records import read_rounds, read_summary
 from tests.cli.small import small
-from tests.e2e.harness import Federation, bring_up, fedlr, free_port, wait_for
+from tests.e2e.harness import Federation, brought_up, fedlr, free_port, wait_for
 from tests.e2e.namespaces import Wire, missing, wire
 
 pytestmark = [
@@ -50,13 +50,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, line: Wire) -> Iterator[Feder
     around = {f"node-{FAR}": line.at("site"), f"agent-{FAR}": line.at("site")}
     found = Federation(folder, [*words, *WORDS], port, {FAR: line.here}, around)
     try:
-        bring_up(found, CLIENTS, str(folder / "model"))
-        yield found
-    except BaseException:
-        print(found.logs())
-        raise
+        with brought_up(found, CLIENTS, str(folder / "model")) as made:
+            yield made
     finally:
-        found.stop()
         relay.terminate()
         relay.wait(20)
 

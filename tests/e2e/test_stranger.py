@@ -22,7 +22,7 @@ from fedlr.report.records import read_summary
 from tests.cli.small import small
 from tests.client import intruder
 from tests.client.users import USERS, Users, make_users, missing
-from tests.e2e.harness import Federation, bring_up, fedlr, wait_for
+from tests.e2e.harness import Federation, brought_up, fedlr, wait_for
 
 pytestmark = [
     pytest.mark.e2e,
@@ -126,14 +126,8 @@ def made() -> Iterator[Federation]:
             path.chmod(0o644)
         around = {"agent-0": users.around("fedlr"), "node-0": users.around("flower")}
         found = Divided(folder, [*words, *WORDS], around=around)
-        try:
-            bring_up(found, 1, str(folder / "model"))
+        with brought_up(found, 1, str(folder / "model")):
             yield found
-        except BaseException:
-            print(found.logs())
-            raise
-        finally:
-            found.stop()
     finally:
         shutil.rmtree(folder)
 
